@@ -1,0 +1,332 @@
+"""Everything that can go wrong, as one tree. Nothing here knows about HTTP; `service.api.problems` maps it.
+
+FoldserveError
+├── CheckpointError          the uploaded file itself
+│   ├── EmptyFile
+│   ├── NotACheckpoint
+│   ├── TruncatedFile
+│   ├── UnsafePickle
+│   ├── WholeModulePickle
+│   ├── UnsupportedContainer
+│   ├── LimitExceeded
+│   ├── NoStateDict
+│   ├── NonFiniteWeights
+│   └── NegativeVariance
+├── RecognitionError         the state dict inside it
+│   ├── UnknownArchitecture
+│   ├── MissingKeys
+│   ├── UnexpectedKeys
+│   ├── ShapeMismatch
+│   ├── MixedForm
+│   └── InvalidConfig
+├── GraphError               a program
+│   ├── UnsupportedOperator
+│   └── InvalidProgram
+├── FusionError              the engine
+│   └── CertificateFailed
+├── ConversionError          the child process that converts
+│   ├── ConversionTimeout
+│   ├── ConversionOutOfMemory
+│   ├── ConversionCrashed
+│   └── ConversionInterrupted
+├── StoreError               models, versions and blobs
+│   ├── ModelNotFound
+│   ├── VersionNotFound
+│   ├── NameInvalid
+│   ├── VersionNotReady
+│   ├── Conflict
+│   ├── FormNotAvailable
+│   ├── UploadTooLarge
+│   ├── StorageFull
+│   └── BlobCorrupt
+└── ServingError             one request
+    ├── BadInput
+    ├── UnsupportedMediaType
+    ├── ImageTooLarge
+    ├── QueueFull
+    ├── DeadlineExceeded
+    ├── BackendFailed
+    └── NotLoaded
+
+An error is a sentence for a person (`detail`), what that person can do (`remedy`), a stable `code`
+for programs, and any further facts by name. It survives JSON both ways, because conversions fail in
+a child process and are remembered in the catalog.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+
+class FoldserveError(Exception):
+    """Base of every error that Foldserve raises on purpose."""
+
+    title: ClassVar[str] = "Foldserve could not do that"
+    remedy: str = "Read the detail; if it does not help, report it together with the request."
+
+    def __init__(self, detail: str, *, remedy: str | None = None, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extra = extra
+        if remedy is not None:
+            self.remedy = remedy
+
+    @classmethod
+    def code(cls) -> str:
+        """The stable name for programs: the class name in snake case, `QueueFull` -> `queue_full`."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form that `from_dict` turns back into an equal error of the same class."""
+        return {
+            "code": self.code(),
+            "title": self.title,
+            "detail": self.detail,
+            "remedy": self.remedy,
+            **self.extra,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> FoldserveError:
+        """Rebuild an error from `to_dict`; an unknown code becomes the base class."""
+        extra = {k: v for k, v in data.items() if k not in {"code", "title", "detail", "remedy"}}
+        kind = _BY_CODE.get(str(data.get("code")), FoldserveError)
+        return kind(str(data.get("detail", "")), remedy=data.get("remedy"), **extra)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FoldserveError.from_dict, (self.to_dict(),)
+
+
+class CheckpointError(FoldserveError):
+    title = "The file is not a checkpoint that can be read"
+    remedy = "Upload a state dict saved by torch.save or as safetensors."
+
+
+class EmptyFile(CheckpointError):
+    title = "The file is empty"
+    remedy = "Check the path that was uploaded; the file has no bytes."
+
+
+class NotACheckpoint(CheckpointError):
+    title = "The file is not a checkpoint"
+    remedy = "Upload a .safetensors file, or a .pth/.pt/.pth.tar written by torch.save(state_dict)."
+
+
+class TruncatedFile(CheckpointError):
+    title = "The file ends too early"
+    remedy = "The transfer or the copy was cut short; compare sizes with the original and upload again."
+
+
+class UnsafePickle(CheckpointError):
+    title = "The pickle asks for code that is never run here"
+    remedy = "Save the weights alone: torch.save(model.state_dict(), path), or use safetensors."
+
+
+class WholeModulePickle(UnsafePickle):
+    title = "The file is a pickled module, not a state dict"
+    remedy = "Save model.state_dict() instead of the model, or pack the module with `foldserve pack`."
+
+
+class UnsupportedContainer(CheckpointError):
+    title = "This file format is not read"
+    remedy = "Convert it to safetensors or to a torch.save state dict."
+
+
+class LimitExceeded(CheckpointError):
+    title = "The file exceeds a limit of the reader"
+    remedy = "If the file is legitimate, raise the setting that the detail names."
+
+
+class NoStateDict(CheckpointError):
+    title = "No state dict was found in the file"
+    remedy = "Save a mapping from names to tensors, bare or under `state_dict`, `model` or `ema`."
+
+
+class NonFiniteWeights(CheckpointError):
+    title = "The weights hold NaN or infinity"
+    remedy = "The training run diverged or the file is damaged; upload an earlier checkpoint."
+
+
+class NegativeVariance(CheckpointError):
+    title = "A batch-norm running variance is negative"
+    remedy = "The statistics are damaged; recompute them or upload an earlier checkpoint."
+
+
+class RecognitionError(FoldserveError):
+    title = "The network was not recognised"
+    remedy = "Name the architecture in `config`, or upload a bundle made by `foldserve pack`."
+
+
+class UnknownArchitecture(RecognitionError):
+    title = "No known architecture has these keys"
+
+
+class MissingKeys(RecognitionError):
+    title = "Keys of the architecture are missing"
+    remedy = "Upload the complete state dict, saved before any conversion."
+
+
+class UnexpectedKeys(RecognitionError):
+    title = "The file holds keys that the architecture does not have"
+    remedy = "Remove the named keys, or name the right architecture in `config`."
+
+
+class ShapeMismatch(RecognitionError):
+    title = "A tensor has a shape that the architecture cannot have"
+    remedy = "Check that the file belongs to the architecture; name it in `config` if it was misread."
+
+
+class MixedForm(RecognitionError):
+    title = "The file is half converted"
+    remedy = "Upload the training checkpoint from before the conversion, or a wholly converted one."
+
+
+class InvalidConfig(RecognitionError):
+    title = "The config is not valid"
+    remedy = "Correct the named field; the OpenAPI page lists what config may hold."
+
+
+class GraphError(FoldserveError):
+    title = "The program cannot be used"
+    remedy = "Make it again with `foldserve pack` of this version."
+
+
+class UnsupportedOperator(GraphError):
+    title = "The program uses an operator that is not allowed"
+    remedy = "Rewrite that part of the network with allowed operators; the detail names the operator."
+
+
+class InvalidProgram(GraphError):
+    title = "The program is malformed"
+
+
+class FusionError(FoldserveError):
+    title = "The network could not be fused"
+    remedy = "Report this together with the fusion report: the engine should refuse, never fail."
+
+
+class CertificateFailed(FusionError):
+    title = "The fused network is not equal to the uploaded one"
+    remedy = "Nothing was published. The numbers say where it differs; please report them."
+
+
+class ConversionError(FoldserveError):
+    title = "The conversion did not finish"
+    remedy = "Upload again; if it happens again, report the version's events."
+
+
+class ConversionTimeout(ConversionError):
+    title = "The conversion took too long"
+    remedy = "Raise FOLDSERVE_CONVERSION_SECONDS for a network of this size."
+
+
+class ConversionOutOfMemory(ConversionError):
+    title = "The conversion ran out of memory"
+    remedy = "Raise FOLDSERVE_CONVERSION_MEMORY_BYTES, or convert on a larger machine."
+
+
+class ConversionCrashed(ConversionError):
+    title = "The conversion process died"
+
+
+class ConversionInterrupted(ConversionError):
+    title = "The service stopped during the conversion"
+    remedy = "Upload the same file again; its bytes are still stored."
+
+
+class StoreError(FoldserveError):
+    title = "The store refused"
+
+
+class ModelNotFound(StoreError):
+    title = "There is no such model"
+    remedy = "List the models with GET /v1/models."
+
+
+class VersionNotFound(StoreError):
+    title = "There is no such version"
+    remedy = "List the model's versions with GET /v1/models/{name}."
+
+
+class NameInvalid(StoreError):
+    title = "The model name is not valid"
+    remedy = "Use 1 to 63 characters: a-z, 0-9, '.', '_' and '-', starting with a letter or digit."
+
+
+class VersionNotReady(StoreError):
+    title = "The version is not ready"
+    remedy = "Wait until its state is `ready`; if it is `rejected`, its `error` says why."
+
+
+class Conflict(StoreError):
+    title = "That conflicts with the present state"
+    remedy = "Read the resource again and repeat the request if it still applies."
+
+
+class FormNotAvailable(StoreError):
+    title = "The version has no such form"
+    remedy = "A checkpoint uploaded in deploy form has no training form."
+
+
+class UploadTooLarge(StoreError):
+    title = "The upload is too large"
+    remedy = "Raise FOLDSERVE_MAX_UPLOAD_BYTES if files of this size are expected."
+
+
+class StorageFull(StoreError):
+    title = "The disk is full"
+    remedy = "Free space or grow the volume; the request can then be repeated."
+
+
+class BlobCorrupt(StoreError):
+    title = "Stored bytes do not match their hash"
+    remedy = "Restore the blob from a backup, or upload the checkpoint again."
+
+
+class ServingError(FoldserveError):
+    title = "The request could not be served"
+
+
+class BadInput(ServingError):
+    title = "The input does not fit the model"
+    remedy = "Send the shape and type that the model's resource states."
+
+
+class UnsupportedMediaType(ServingError):
+    title = "The content type is not accepted here"
+    remedy = "Send one of the content types that the route's documentation lists."
+
+
+class ImageTooLarge(ServingError):
+    title = "The image has too many pixels"
+    remedy = "Scale the image down, or raise FOLDSERVE_MAX_IMAGE_PIXELS."
+
+
+class QueueFull(ServingError):
+    title = "The model's queue is full"
+    remedy = "Repeat the request after the time in Retry-After."
+
+
+class DeadlineExceeded(ServingError):
+    title = "The request waited too long"
+    remedy = "Repeat it, or raise FOLDSERVE_REQUEST_SECONDS."
+
+
+class BackendFailed(ServingError):
+    title = "The model failed on this input"
+
+
+class NotLoaded(ServingError):
+    title = "The model is not loaded"
+    remedy = "Wait until /health/ready answers 200."
+
+
+def _subclasses(cls: type[FoldserveError]) -> Iterator[type[FoldserveError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _subclasses(child)
+
+
+_BY_CODE = {kind.code(): kind for kind in _subclasses(FoldserveError)}
