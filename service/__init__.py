@@ -1,3 +1,3 @@
-"""Foldserve: upload a training checkpoint, get the fused network, its certificate and an endpoint."""
+"""Foldserve: a training checkpoint in; a fused network, its certificate and an endpoint out."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as one tree. Nothing here knows about HTTP; `service.api.problems` maps it.
+"""Everything that can go wrong, as one tree; `service.api.problems` alone maps it to HTTP.
 
 FoldserveError
 ├── CheckpointError          the uploaded file itself
@@ -75,7 +75,7 @@ class FoldserveError(Exception):
 
     @classmethod
     def code(cls) -> str:
-        """The stable name for programs: the class name in snake case, `QueueFull` -> `queue_full`."""
+        """The stable name for programs: the class name in snake case, as in `queue_full`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,7 +116,9 @@ class NotACheckpoint(CheckpointError):
 
 class TruncatedFile(CheckpointError):
     title = "The file ends too early"
-    remedy = "The transfer or the copy was cut short; compare sizes with the original and upload again."
+    remedy = (
+        "The transfer or the copy was cut short; compare sizes with the original and upload again."
+    )
 
 
 class UnsafePickle(CheckpointError):
@@ -126,7 +128,9 @@ class UnsafePickle(CheckpointError):
 
 class WholeModulePickle(UnsafePickle):
     title = "The file is a pickled module, not a state dict"
-    remedy = "Save model.state_dict() instead of the model, or pack the module with `foldserve pack`."
+    remedy = (
+        "Save model.state_dict() instead of the model, or pack the module with `foldserve pack`."
+    )
 
 
 class UnsupportedContainer(CheckpointError):
@@ -175,7 +179,9 @@ class UnexpectedKeys(RecognitionError):
 
 class ShapeMismatch(RecognitionError):
     title = "A tensor has a shape that the architecture cannot have"
-    remedy = "Check that the file belongs to the architecture; name it in `config` if it was misread."
+    remedy = (
+        "Check that the file belongs to the architecture; name it in `config` if it was misread."
+    )
 
 
 class MixedForm(RecognitionError):
@@ -195,7 +201,9 @@ class GraphError(FoldserveError):
 
 class UnsupportedOperator(GraphError):
     title = "The program uses an operator that is not allowed"
-    remedy = "Rewrite that part of the network with allowed operators; the detail names the operator."
+    remedy = (
+        "Rewrite that part of the network with allowed operators; the detail names the operator."
+    )
 
 
 class InvalidProgram(GraphError):
