@@ -1,0 +1,284 @@
+"""Every knob of the service in one frozen object, read from `FOLDSERVE_*` variables.
+
+Each field states its default, its unit and what it is for; `Settings.table()` gives the same as
+rows, from which the README's configuration table is checked. A variable that starts with the
+prefix and names no field is an error, because a misspelt limit is a limit that is not there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "FOLDSERVE_"
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+# Variables with the prefix that are not settings: the test suite reads them, the service never.
+_NOT_SETTINGS = frozenset({"FOLDSERVE_CONFORMANCE"})
+
+
+def _setting(default: Any, unit: str, description: str, **constraints: Any) -> Any:
+    return Field(
+        default=default,
+        description=description,
+        json_schema_extra={"unit": unit},
+        **constraints,
+    )
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One setting as the documents show it: variable name, default as text, unit, description."""
+
+    variable: str
+    default: str
+    unit: str
+    description: str
+
+
+class Settings(BaseSettings):
+    """The service's configuration; immutable once read.
+
+    Raises pydantic's `ValidationError` for a value out of range, an unknown keyword, or an unknown
+    `FOLDSERVE_` variable; `explain` turns that into lines for a person.
+    """
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True
+    )
+
+    # Where it listens and where it keeps things
+    host: str = _setting("127.0.0.1", "address", "Address to listen on.", min_length=1)
+    port: int = _setting(8000, "TCP port", "Port to listen on; 0 takes a free one.", ge=0, le=65535)
+    data_dir: Path = _setting(Path(".data"), "path", "Folder of the embedded store and scratch.")
+    database_url: str | None = _setting(
+        None, "URL", "Catalog as an SQLAlchemy URL; unset means SQLite inside `data_dir`."
+    )
+    blob_url: str | None = _setting(
+        None, "URL or path", "Blob store; unset means a folder inside `data_dir`."
+    )
+    log_format: Literal["auto", "console", "json"] = _setting(
+        "auto", "name", "Log lines for people or for machines; `auto` asks whether stderr is a tty."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "name", "Lowest level that is logged."
+    )
+    access_log: bool = _setting(False, "flag", "Log one line for every request.")
+    drain_seconds: float = _setting(
+        25.0, "s", "Longest wait for running requests after SIGTERM.", ge=0, le=600
+    )
+    keep_alive_seconds: float = _setting(
+        30.0, "s", "How long an idle HTTP connection is kept open.", gt=0, le=3600
+    )
+
+    # Uploads
+    max_upload_bytes: int = _setting(
+        4 * GIB, "bytes", "Largest checkpoint that is accepted; more answers 413.", ge=1
+    )
+    max_config_bytes: int = _setting(
+        1 * MIB, "bytes", "Largest `config` of an upload, labels included.", ge=2
+    )
+    upload_idle_seconds: float = _setting(
+        60.0, "s", "An upload that sends nothing for this long is given up.", gt=0
+    )
+    max_wait_seconds: float = _setting(
+        600.0, "s", "Longest `Prefer: wait=` that an upload honours.", ge=0
+    )
+
+    # Reading untrusted checkpoints
+    reader_entries: int = _setting(
+        65_536, "entries", "Most entries of a zip container, or tensors of a state dict.", ge=1
+    )
+    reader_header_bytes: int = _setting(
+        64 * MIB, "bytes", "Largest safetensors header, or pickle that describes the tensors.", ge=8
+    )
+    reader_expansion: float = _setting(
+        1.05, "ratio", "Most tensor bytes that a file may claim, relative to its own size.", ge=1
+    )
+    reader_key_chars: int = _setting(512, "characters", "Longest key of a state dict.", ge=1)
+    reader_depth: int = _setting(16, "levels", "Deepest nesting of a checkpoint's mappings.", ge=1)
+
+    # Conversion, in its child process
+    conversion_seconds: float = _setting(
+        600.0, "s", "Longest time that one conversion may take.", gt=0
+    )
+    conversion_memory_bytes: int = _setting(
+        16 * GIB, "bytes", "Address space of the conversion process.", ge=GIB
+    )
+    conversion_attempts: int = _setting(
+        2, "attempts", "Times a conversion that the service's end interrupted is taken up.", ge=1
+    )
+    conversion_threads: int = _setting(
+        1, "threads", "CPU threads of a conversion, so that it does not starve serving.", ge=1
+    )
+    conversion_poll_seconds: float = _setting(
+        0.5, "s", "How often an idle worker looks for queued versions.", gt=0
+    )
+
+    # Serving
+    device: Literal["auto", "cpu", "cuda"] = _setting(
+        "auto", "name", "Device that serves; `auto` takes a CUDA device when there is one."
+    )
+    torch_threads: int = _setting(
+        0, "threads", "CPU threads of one forward pass; 0 lets PyTorch choose.", ge=0
+    )
+    max_batch: int = _setting(
+        32, "rows", "Largest batch that the service prepares and runs at once.", ge=1, le=4096
+    )
+    queue_rows: int = _setting(
+        1024, "rows", "Rows that may wait for one model; more answers 429.", ge=1
+    )
+    retry_after_seconds: int = _setting(
+        1, "s", "`Retry-After` of an answer that asks the client to come back.", ge=1
+    )
+    request_seconds: float = _setting(
+        30.0, "s", "Longest time a prediction may take, waiting included; then 504.", gt=0
+    )
+    max_body_bytes: int = _setting(
+        128 * MIB, "bytes", "Largest body of a prediction; more answers 413.", ge=1
+    )
+    max_json_bytes: int = _setting(
+        16 * MIB, "bytes", "Largest JSON body; tensors of more are better sent as npy.", ge=2
+    )
+    max_image_pixels: int = _setting(
+        50_000_000, "pixels", "Largest image that is decoded, checked before decoding.", ge=1
+    )
+    max_images: int = _setting(256, "images", "Most images in one multipart prediction.", ge=1)
+    body_idle_seconds: float = _setting(
+        30.0, "s", "A prediction whose body stalls for this long is given up.", gt=0
+    )
+    decode_threads: int = _setting(2, "threads", "Threads that decode images.", ge=1)
+    top_k: int = _setting(5, "labels", "Labels in an answer that does not ask with `top_k`.", ge=1)
+    load_retry_seconds: float = _setting(
+        30.0, "s", "Pause before a model that failed to load is tried again.", gt=0
+    )
+
+    # Benchmark
+    benchmark_seconds: float = _setting(
+        20.0, "s", "Time budget of one benchmark, all batch sizes together.", gt=0, le=3600
+    )
+    benchmark_batch_sizes: Annotated[tuple[int, ...], NoDecode] = _setting(
+        (1, 8), "rows", "Batch sizes that a benchmark measures, separated by commas.", min_length=1
+    )
+
+    # Lists and progress
+    page_size: int = _setting(50, "items", "Items of a page that does not ask with `limit`.", ge=1)
+    max_page_size: int = _setting(500, "items", "Most items that `limit` may ask for.", ge=1)
+    events_poll_seconds: float = _setting(
+        0.2, "s", "How often a progress stream looks for news.", gt=0
+    )
+    events_heartbeat_seconds: float = _setting(
+        15.0, "s", "Longest silence of a progress stream before a comment line.", gt=0
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_variables_only(cls, values: Any) -> Any:
+        unknown = unknown_variables(os.environ)
+        if unknown:
+            raise ValueError("; ".join(_unknown_sentence(name) for name in unknown))
+        return values
+
+    @field_validator("database_url", "blob_url", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @field_validator("benchmark_batch_sizes", mode="before")
+    @classmethod
+    def _comma_separated(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("benchmark_batch_sizes")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in value):
+            raise ValueError("every batch size is at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _pages_agree(self) -> Settings:
+        if self.page_size > self.max_page_size:
+            raise ValueError("page_size must not exceed max_page_size")
+        return self
+
+    @property
+    def effective_database_url(self) -> str:
+        """`database_url`, or SQLite inside `data_dir`."""
+        return self.database_url or f"sqlite:///{(self.data_dir / 'catalog.sqlite3').absolute()}"
+
+    @property
+    def effective_blob_url(self) -> str:
+        """`blob_url`, or a folder inside `data_dir`."""
+        return self.blob_url or str((self.data_dir / "blobs").absolute())
+
+    @property
+    def scratch_dir(self) -> Path:
+        """Folder for files of conversions under way; emptied at start."""
+        return self.data_dir / "scratch"
+
+    @classmethod
+    def table(cls) -> tuple[SettingRow, ...]:
+        """Every setting in order of declaration, as the documents show it."""
+        rows = []
+        for name, field in cls.model_fields.items():
+            extra = field.json_schema_extra
+            unit = str(extra["unit"]) if isinstance(extra, dict) else ""
+            rows.append(
+                SettingRow(
+                    variable=PREFIX + name.upper(),
+                    default=_default_text(field.default),
+                    unit=unit,
+                    description=field.description or "",
+                )
+            )
+        return tuple(rows)
+
+
+def unknown_variables(environment: Iterable[str]) -> tuple[str, ...]:
+    """The names that carry the prefix and are no setting, sorted."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | _NOT_SETTINGS
+    return tuple(
+        sorted(n for n in environment if n.upper().startswith(PREFIX) and n.upper() not in known)
+    )
+
+
+def explain(error: ValidationError) -> tuple[str, ...]:
+    """One line for each thing wrong with the configuration, naming the variable and the value."""
+    lines = []
+    for item in error.errors(include_url=False):
+        where = item["loc"]
+        message = item["msg"].removeprefix("Value error, ")
+        if not where:
+            lines.append(message)
+        elif item["type"] == "extra_forbidden":
+            lines.append(_unknown_sentence(PREFIX + str(where[0]).upper()))
+        else:
+            variable = PREFIX + str(where[0]).upper()
+            lines.append(f"{variable}={item.get('input')!s}: {message}")
+    return tuple(lines)
+
+
+def _unknown_sentence(name: str) -> str:
+    known = [PREFIX + field.upper() for field in Settings.model_fields]
+    near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
+    return f"{name} is not a setting; the nearest one is {near[0]}"
+
+
+def _default_text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
