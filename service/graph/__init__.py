@@ -1,0 +1,21 @@
+"""Programs: what a network is once nobody needs its source code any more."""
+
+from service.graph.module import ProgramModule, run
+from service.graph.program import Argument, DType, Node, Program, Ref, TensorSpec
+from service.graph.storage import load_program, save_program
+from service.graph.trace import from_exported, trace
+
+__all__ = [
+    "Argument",
+    "DType",
+    "Node",
+    "Program",
+    "ProgramModule",
+    "Ref",
+    "TensorSpec",
+    "from_exported",
+    "load_program",
+    "run",
+    "save_program",
+    "trace",
+]
