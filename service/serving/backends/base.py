@@ -1,0 +1,85 @@
+"""What an execution backend is: it prepares a program once, then runs batches of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+    from service.graph import Program
+
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """How a prepared program runs, for `/health`, the benchmark and the version's resource.
+
+    `device` is the name a person knows (`AMD EPYC 9B14`, `NVIDIA H200`), `place` the torch device
+    string (`cpu`, `cuda:0`), `threads` the CPU threads that one run may use, `layout` the memory
+    format that was chosen and `notes` what else was decided while preparing, with the reason.
+    """
+
+    backend: str
+    backend_version: str
+    device: str
+    place: str
+    precision: Precision
+    threads: int
+    layout: str
+    batch_sizes: tuple[int, ...]
+    weight_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return asdict(self) | {"batch_sizes": list(self.batch_sizes), "notes": list(self.notes)}
+
+
+class Prepared(Protocol):
+    """A program that is ready to run on one device; used by one thread at a time.
+
+    `item_shape` is the shape of one row (without the batch axis) and `dtype` the type that rows
+    must have. `batch_sizes` ascend; `run` takes any number of rows up to the last of them.
+    """
+
+    @property
+    def item_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> dtype: ...
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]: ...
+
+    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of `batch` [N, *item_shape] on the CPU, each [N, ...] float32 if floating.
+
+        The caller owns them: a later run never overwrites them.
+        """
+        ...
+
+    def describe(self) -> Description: ...
+
+    def close(self) -> None:
+        """Give the memory back; the object must not be used afterwards."""
+        ...
+
+
+class Backend(Protocol):
+    """A way to execute programs."""
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare(
+        self, program: Program, device: str, precision: Precision, batch_sizes: Sequence[int]
+    ) -> Prepared:
+        """Load `program` onto `device`, ready for up to `max(batch_sizes)` rows at once.
+
+        Raises BackendFailed when the program, the device or the precision is not possible here.
+        """
+        ...

@@ -1,0 +1,379 @@
+"""Batches from backlog: what waits when the device comes free is the next batch.
+
+There is no timer. A lone request starts at once; under load the batch grows by itself, because the
+more requests wait while a batch computes, the more the next one holds. Requests are taken first
+come, first served; a request is a run of rows, so one that does not fit the rest of a batch gives
+it what fits and starts the next, and one with more rows than the largest batch needs no other rule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.errors import BackendFailed, BadInput, DeadlineExceeded, NotLoaded, QueueFull
+from service.serving.backends.base import Prepared
+from service.serving.device import DeviceThread, hand_over
+from service.serving.request import Request, Result, Slice, monotonic
+
+Answer = tuple[Request, Result | Exception]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How much may wait for a model, and for how long.
+
+    `queue_rows` (rows, default 1024): rows that may wait; a request beyond them gets QueueFull.
+    `request_seconds` (seconds, default 30): a request that still waits after this long is dropped
+    with DeadlineExceeded, unless it brought a deadline of its own.
+    """
+
+    queue_rows: int = 1024
+    request_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class BatcherStats:
+    """Counters since the batcher began, and how things stand now.
+
+    `answered`, `failed`, `rejected` (queue full), `expired` (deadline) and `departed` (the client
+    left) count requests; `retried` counts slices that ran alone because their batch failed;
+    `batch_rows` counts batches by their rows; `busy_seconds` is device time.
+    """
+
+    answered: int = 0
+    failed: int = 0
+    rejected: int = 0
+    expired: int = 0
+    departed: int = 0
+    rows: int = 0
+    batches: int = 0
+    retried: int = 0
+    busy_seconds: float = 0.0
+    waiting_rows: int = 0
+    running_rows: int = 0
+    rows_per_second: float = 0.0
+    batch_rows: Mapping[int, int] = field(default_factory=dict)
+
+
+class Batcher:
+    """Serves one prepared program to many callers; made and used on an event loop.
+
+    Rows enter on the loop, batches are assembled and run on the device's thread, and answers are
+    handed back with one call per batch and loop. The device thread is shared: after each batch the
+    next one queues behind whatever else was posted there, so models take turns.
+    """
+
+    def __init__(
+        self, prepared: Prepared, device: DeviceThread, limits: BatchLimits | None = None
+    ) -> None:
+        self.prepared = prepared
+        self.limits = limits or BatchLimits()
+        self._device = device
+        self._largest = prepared.batch_sizes[-1]
+        self._item_shape = tuple(prepared.item_shape)
+        self._dtype = prepared.dtype
+        self._lock = threading.Lock()
+        self._waiting: deque[Request] = deque()
+        self._waiting_rows = 0
+        self._running_rows = 0
+        self._scheduled = False
+        self._closing = False
+        self._counts: Counter[str] = Counter()
+        self._batch_rows: Counter[int] = Counter()
+        self._busy_seconds = 0.0
+        self._seconds_per_row = 0.0
+        self._last_finish = 0.0
+
+    async def submit(self, rows: Tensor | NDArray[Any], deadline: float | None = None) -> Result:
+        """Outputs for `rows` [N, *item_shape], N >= 1, each output [N, ...] in the same order.
+
+        `deadline` is a `time.monotonic` moment after which waiting is pointless. The rows must not
+        be changed until the answer came. Cancelling the caller drops rows that still wait. Raises
+        BadInput for a wrong shape or type, QueueFull (with `retry_after` seconds) when too many
+        rows wait, DeadlineExceeded, BackendFailed if these very rows make the model fail, and
+        NotLoaded while the model is being unloaded.
+        """
+        tensor = self._checked(rows)
+        now = monotonic()
+        if deadline is None:
+            deadline = now + self.limits.request_seconds
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+        request = Request(tensor, future, deadline, now)
+        self._enqueue(request)
+        request.timer = loop.call_later(deadline - now, self._expire, request)
+        try:
+            return await future
+        finally:
+            request.timer.cancel()
+            if future.cancelled():
+                self._drop(request, "departed")
+
+    def stats(self) -> BatcherStats:
+        """A snapshot of the counters; cheap, from any thread."""
+        with self._lock:
+            return BatcherStats(
+                answered=self._counts["answered"],
+                failed=self._counts["failed"],
+                rejected=self._counts["rejected"],
+                expired=self._counts["expired"],
+                departed=self._counts["departed"],
+                rows=self._counts["rows"],
+                batches=self._counts["batches"],
+                retried=self._counts["retried"],
+                busy_seconds=self._busy_seconds,
+                waiting_rows=self._waiting_rows,
+                running_rows=self._running_rows,
+                rows_per_second=1 / self._seconds_per_row if self._seconds_per_row else 0.0,
+                batch_rows=dict(self._batch_rows),
+            )
+
+    async def close(self, *, drain: bool = True) -> None:
+        """Take no more requests; answer those that wait (or fail them with NotLoaded).
+
+        Returns when the device runs nothing of this batcher any more. The prepared program is
+        left to its owner.
+        """
+        self._closing = True
+        if not drain:
+            with self._lock:
+                left = list(self._waiting)
+            for request in left:
+                if self._drop(request, "failed"):
+                    _set_error(request.future, NotLoaded("The model was unloaded meanwhile."))
+        while self._scheduled:
+            await self._device.call(_nothing)  # comes back behind the turn that is under way
+
+    def _checked(self, rows: Tensor | NDArray[Any]) -> Tensor:
+        tensor = rows if isinstance(rows, Tensor) else _as_tensor(rows)
+        if tuple(tensor.shape[1:]) != self._item_shape or tensor.dim() == 0 or not len(tensor):
+            raise BadInput(
+                f"The input has shape {list(tensor.shape)}; the model takes "
+                f"[N, {', '.join(map(str, self._item_shape))}] with N >= 1.",
+                expected=["N", *self._item_shape],
+                got=list(tensor.shape),
+            )
+        if tensor.dtype != self._dtype:
+            raise BadInput(f"The input is {tensor.dtype}; the model takes {self._dtype}.")
+        if len(tensor) > self.limits.queue_rows:
+            raise BadInput(
+                f"The request has {len(tensor)} rows; at most {self.limits.queue_rows} can wait.",
+                remedy="Send fewer rows at a time, or raise the queue's size.",
+            )
+        return tensor
+
+    def _enqueue(self, request: Request) -> None:
+        with self._lock:
+            if self._closing:
+                raise NotLoaded("The model is being unloaded.")
+            if self._waiting_rows + len(request) > self.limits.queue_rows:
+                self._counts["rejected"] += 1
+                raise QueueFull(
+                    f"{self._waiting_rows} rows wait already, of at most {self.limits.queue_rows}.",
+                    retry_after=round(self._seconds_until_room(len(request)), 3),
+                )
+            self._waiting.append(request)
+            self._waiting_rows += len(request)
+            first = not self._scheduled
+            self._scheduled = True
+        if first:
+            self._schedule()
+
+    def _seconds_until_room(self, rows: int) -> float:
+        """When enough rows will have been taken, at the rate measured so far (1 s if unknown)."""
+        excess = self._waiting_rows + rows - self.limits.queue_rows
+        return self._seconds_per_row * (excess + self._running_rows) or 1.0
+
+    def _drop(self, request: Request, why: str) -> bool:
+        """Stop waiting for a request; False if it already left or all its rows were taken."""
+        with self._lock:
+            if request.gone or (why == "expired" and not request.waiting):
+                return False
+            request.gone = True
+            self._waiting_rows -= request.waiting
+            self._counts[why] += 1
+            return True
+
+    def _expire(self, request: Request) -> None:
+        if self._drop(request, "expired"):
+            _set_error(request.future, _too_late(request))
+
+    # From here on: the device's thread.
+
+    def _turn(self) -> None:
+        """Run one batch, then queue for the next if anything waits."""
+        try:
+            batch, answers = self._assemble()
+            self._deliver(answers)
+            if batch:
+                self._deliver(self._execute(batch))
+        finally:
+            with self._lock:
+                self._running_rows = 0
+                self._scheduled = bool(self._waiting)
+                again = self._scheduled
+            if again:
+                self._schedule()
+
+    def _schedule(self) -> None:
+        try:
+            self._device.post(self._turn)
+        except NotLoaded as stopping:  # the device was closed before its batchers
+            with self._lock:
+                self._closing, self._scheduled = True, False
+                left = [request for request in self._waiting if not request.gone]
+                for request in left:
+                    self._leave(request, "failed")
+                self._waiting.clear()
+            self._deliver([(request, NotLoaded(stopping.detail)) for request in left])
+
+    def _assemble(self) -> tuple[list[Slice], list[Answer]]:
+        room = self._largest
+        batch: list[Slice] = []
+        late: list[Answer] = []
+        now = monotonic()
+        with self._lock:
+            while room and self._waiting:
+                request = self._waiting[0]
+                if not request.gone and request.future.cancelled():
+                    self._leave(request, "departed")
+                elif not request.gone and request.deadline <= now:
+                    self._leave(request, "expired")
+                    late.append((request, _too_late(request)))
+                if request.gone:
+                    self._waiting.popleft()
+                    continue
+                stop = request.taken + min(room, request.waiting)
+                batch.append(Slice(request, request.taken, stop))
+                if not request.taken:
+                    request.started = now
+                room -= stop - request.taken
+                self._waiting_rows -= stop - request.taken
+                request.taken = stop
+                if not request.waiting:
+                    self._waiting.popleft()
+            self._running_rows = self._largest - room
+        return batch, late
+
+    def _leave(self, request: Request, why: str) -> None:
+        request.gone = True
+        self._waiting_rows -= request.waiting
+        self._counts[why] += 1
+
+    def _execute(self, batch: list[Slice]) -> list[Answer]:
+        try:
+            return self._run(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                return self._blame(batch[0], error)
+            log.warning("a batch of %d requests failed, each is tried alone: %s", len(batch), error)
+        answers = []
+        for one in batch:
+            with self._lock:
+                self._counts["retried"] += 1
+            try:
+                answers += self._run([one])
+            except Exception as error:
+                answers += self._blame(one, error)
+        return answers
+
+    def _run(self, batch: list[Slice]) -> list[Answer]:
+        start = monotonic()
+        rows = batch[0].rows if len(batch) == 1 else torch.cat([one.rows for one in batch])
+        outputs = self.prepared.run(rows)
+        finish = monotonic()
+        if any(output.dim() == 0 or len(output) != len(rows) for output in outputs):
+            raise BackendFailed("An output does not have one row for each row of the input.")
+        self._record(len(rows), start, finish, batch[0].request.arrived)
+        sizes = [one.stop - one.start for one in batch]
+        pieces = zip(*(torch.split(output, sizes) for output in outputs), strict=True)
+        answers: list[Answer] = []
+        for one, piece in zip(batch, pieces, strict=True):
+            result = one.request.add(piece, finish - start, len(rows))
+            if result is not None:
+                answers.append((one.request, result))
+        return answers
+
+    def _record(self, rows: int, start: float, finish: float, arrived: float) -> None:
+        # A row's share of the whole cycle, turns of other models included, while there is backlog.
+        seconds = (finish - min(start, max(self._last_finish, arrived))) / rows
+        with self._lock:
+            self._last_finish = finish
+            self._seconds_per_row += (seconds - self._seconds_per_row) * (
+                0.2 if self._seconds_per_row else 1.0
+            )
+            self._busy_seconds += finish - start
+            self._batch_rows[rows] += 1
+            self._counts["rows"] += rows
+            self._counts["batches"] += 1
+
+    def _blame(self, one: Slice, error: Exception) -> list[Answer]:
+        """The request that fails by itself gets the error; its other rows need not run."""
+        with self._lock:
+            if not one.request.gone:
+                one.request.gone = True
+                self._waiting_rows -= one.request.waiting
+        failure = BackendFailed(
+            error.detail if isinstance(error, BackendFailed) else f"{type(error).__name__}: {error}"
+        )
+        failure.__cause__ = error
+        return [(one.request, failure)]
+
+    def _deliver(self, answers: list[Answer]) -> None:
+        loops = {request.loop for request, _ in answers}
+        for loop in loops:
+            mine = [answer for answer in answers if answer[0].loop is loop]
+            hand_over(loop, self._answer, mine)
+
+    # And back on the loop.
+
+    def _answer(self, answers: list[Answer]) -> None:
+        answered = failed = 0
+        for request, answer in answers:
+            if request.future.done():
+                continue
+            if isinstance(answer, Result):
+                request.future.set_result(answer)
+                answered += 1
+            else:
+                request.future.set_exception(answer)
+                failed += isinstance(answer, BackendFailed)
+        with self._lock:
+            self._counts["answered"] += answered
+            self._counts["failed"] += failed
+
+
+def _as_tensor(rows: NDArray[Any]) -> Tensor:
+    # A request body is a read-only buffer, which torch accepts only with a warning: copy that one.
+    array = np.ascontiguousarray(rows)
+    try:
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except TypeError as error:
+        raise BadInput(f"The input's element type cannot be used: {error}.") from error
+
+
+def _too_late(request: Request) -> DeadlineExceeded:
+    waited = monotonic() - request.arrived
+    return DeadlineExceeded(f"The request waited {waited:.3f} s, beyond its deadline.")
+
+
+def _set_error(future: asyncio.Future[Result], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _nothing() -> None:
+    return None

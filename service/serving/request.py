@@ -1,0 +1,131 @@
+"""One request on its way through the batcher, and the answer it gets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of a request went.
+
+    `queue_seconds` from arrival to the start of its first batch; `compute_seconds` the device time
+    of every batch that held its rows; `batch_rows` the rows of the largest of them, other callers'
+    included; `batches` how many there were (more than one if it was split).
+    """
+
+    queue_seconds: float
+    compute_seconds: float
+    batch_rows: int
+    batches: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "queue_seconds": self.queue_seconds,
+            "compute_seconds": self.compute_seconds,
+            "batch_rows": self.batch_rows,
+            "batches": self.batches,
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """The rows that one caller asked for: `outputs` each [N, ...], in the program's order."""
+
+    outputs: tuple[NDArray[Any], ...]
+    timing: Timing
+
+
+class Request:
+    """Rows [N, ...] waiting for their outputs. The batcher's lock guards `taken` and `gone`."""
+
+    __slots__ = (
+        "arrived",
+        "batch_rows",
+        "batches",
+        "compute_seconds",
+        "deadline",
+        "future",
+        "gone",
+        "loop",
+        "parts",
+        "rows",
+        "started",
+        "taken",
+        "timer",
+    )
+
+    def __init__(
+        self, rows: Tensor, future: asyncio.Future[Result], deadline: float, now: float
+    ) -> None:
+        self.rows = rows
+        self.future = future
+        self.loop = future.get_loop()
+        self.arrived = now
+        self.deadline = deadline
+        self.timer: asyncio.TimerHandle | None = None
+        self.taken = 0
+        self.gone = False
+        self.started = 0.0
+        self.compute_seconds = 0.0
+        self.batch_rows = 0
+        self.batches = 0
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def waiting(self) -> int:
+        """Rows that no batch has taken yet."""
+        return len(self) - self.taken
+
+    def add(self, outputs: tuple[Tensor, ...], seconds: float, batch_rows: int) -> Result | None:
+        """Record the outputs of the next rows; the whole result once the last of them came."""
+        self.parts.append(outputs)
+        self.compute_seconds += seconds
+        self.batch_rows = max(self.batch_rows, batch_rows)
+        self.batches += 1
+        if sum(part[0].shape[0] for part in self.parts) < len(self):
+            return None
+        joined = (
+            self.parts[0]
+            if len(self.parts) == 1
+            else tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
+        )
+        timing = Timing(
+            queue_seconds=self.started - self.arrived,
+            compute_seconds=self.compute_seconds,
+            batch_rows=self.batch_rows,
+            batches=self.batches,
+        )
+        return Result(tuple(np.asarray(output) for output in joined), timing)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Rows `start:stop` of a request, as taken into one batch."""
+
+    request: Request
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> Tensor:
+        whole = self.request.rows
+        return (
+            whole if self.stop - self.start == len(self.request) else whole[self.start : self.stop]
+        )
+
+
+def monotonic() -> float:
+    """Seconds on the clock that deadlines are given in (`time.monotonic`)."""
+    return time.monotonic()

@@ -1,0 +1,66 @@
+"""A prepared program whose rows can be told apart, with a device that can be held up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from service.serving import Description
+
+POISON = -1.0
+
+
+class Doubler:
+    """Answers twice the input and the sum of each row; a batch with a poison row raises.
+
+    `gate` blocks every run until it is set, so that a test decides what the backlog is; `runs`
+    records the first column of every batch that was tried.
+    """
+
+    def __init__(
+        self,
+        largest: int = 8,
+        width: int = 3,
+        pause: Callable[[], float] = lambda: 0.0,
+        mix_rows: bool = False,
+    ) -> None:
+        self.item_shape = (width,)
+        self.dtype = torch.float32
+        self.batch_sizes = tuple(sorted({1, largest}))
+        self.gate = threading.Event()
+        self.gate.set()
+        self.started = threading.Event()
+        self.runs: list[list[float]] = []
+        self.threads: set[str] = set()
+        self.closed = False
+        self._pause = pause
+        self._mix_rows = mix_rows
+
+    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
+        self.threads.add(threading.current_thread().name)
+        self.runs.append(batch[:, 0].tolist())
+        self.started.set()
+        assert self.gate.wait(10), "the test forgot to open the gate"
+        time.sleep(self._pause())
+        if (batch == POISON).any():
+            raise ValueError("poison in the batch")
+        if self._mix_rows:  # the fault that the identity checks must notice
+            batch = batch.flip(0)
+        return batch * 2, batch.sum(1)
+
+    def describe(self) -> Description:
+        return Description(
+            "fake", "0", "none", "cpu", "float32", 1, "contiguous", self.batch_sizes, 0
+        )
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def rows(*values: float, width: int = 3) -> Tensor:
+    """One row for each value, filled with it."""
+    return torch.tensor(values, dtype=torch.float32).reshape(-1, 1).repeat(1, width)

@@ -1,0 +1,475 @@
+"""The batcher: whose rows, in which order, in which batch, and what happens when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from service.errors import BackendFailed, BadInput, DeadlineExceeded, NotLoaded, QueueFull
+from service.serving import Batcher, BatchLimits, DeviceThread, Result
+
+from .fakes import POISON, Doubler, rows
+
+
+@pytest.fixture
+def device() -> Iterator[DeviceThread]:
+    thread = DeviceThread("cpu", threads=1)
+    yield thread
+    thread.close()
+
+
+async def _held(batcher: Batcher, fake: Doubler) -> asyncio.Task[Result]:
+    """Occupy the device with the row 100, so that what follows becomes backlog."""
+    fake.gate.clear()
+    fake.started.clear()
+    task = asyncio.create_task(batcher.submit(rows(100)))
+    await asyncio.to_thread(fake.started.wait, 5)
+    return task
+
+
+async def _settle() -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+def _own(result: Result, values: tuple[float, ...], width: int = 3) -> bool:
+    doubled, total = result.outputs
+    expected = np.array(values, dtype=np.float32)
+    return np.array_equal(doubled, np.repeat(expected[:, None] * 2, width, 1)) and np.array_equal(
+        total, expected * width
+    )
+
+
+def test_a_lone_request_runs_at_once_and_alone(device: DeviceThread) -> None:
+    fake = Doubler()
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        started = time.monotonic()
+        result = await batcher.submit(rows(1, 2))
+        assert time.monotonic() - started < 0.5
+        assert _own(result, (1, 2))
+        assert result.timing.batch_rows == 2
+        assert result.timing.batches == 1
+        assert 0 <= result.timing.queue_seconds < 0.5
+        await batcher.close()
+
+    asyncio.run(scenario())
+    assert fake.threads == {"device cpu"}
+
+
+def test_what_waits_is_the_next_batch_in_order_of_arrival(device: DeviceThread) -> None:
+    fake = Doubler(largest=4)
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        first = await _held(batcher, fake)
+        tasks = [asyncio.create_task(batcher.submit(rows(value))) for value in range(10)]
+        await _settle()
+        assert batcher.stats().waiting_rows == 10
+        fake.gate.set()
+        results = await asyncio.gather(first, *tasks)
+        assert fake.runs == [[100], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+        assert all(_own(result, (value,)) for value, result in enumerate(results[1:]))
+        assert [result.timing.batch_rows for result in results] == [1] + [4] * 8 + [2] * 2
+        stats = batcher.stats()
+        assert (stats.answered, stats.rows, stats.batches, stats.waiting_rows) == (11, 11, 4, 0)
+        assert stats.batch_rows == {1: 1, 4: 2, 2: 1}
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_more_rows_than_a_batch_are_split_and_joined_and_nobody_is_mixed_up(
+    device: DeviceThread,
+) -> None:
+    fake = Doubler(largest=4)
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        first = await _held(batcher, fake)
+        small = asyncio.create_task(batcher.submit(rows(1, 2)))
+        await _settle()
+        large = asyncio.create_task(batcher.submit(rows(*range(10, 19))))
+        await _settle()
+        last = asyncio.create_task(batcher.submit(rows(3)))
+        await _settle()
+        fake.gate.set()
+        await first
+        assert _own(await small, (1, 2))
+        assert _own(await large, tuple(range(10, 19)))
+        assert _own(await last, (3,))
+        assert fake.runs[1:] == [[1, 2, 10, 11], [12, 13, 14, 15], [16, 17, 18, 3]]
+        assert (await large).timing.batches == 3
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(device: DeviceThread) -> None:
+    fake = Doubler(largest=2, pause=lambda: 0.01)
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device, BatchLimits(queue_rows=4))
+        for _ in range(5):
+            await batcher.submit(rows(1))  # the rate is learnt here
+        first = await _held(batcher, fake)
+        tasks = [asyncio.create_task(batcher.submit(rows(value, value))) for value in (1, 2)]
+        await _settle()
+        with pytest.raises(QueueFull) as refused:
+            await batcher.submit(rows(3))
+        assert 0.005 < refused.value.extra["retry_after"] < 0.5
+        fake.gate.set()
+        await asyncio.gather(first, *tasks)
+        assert _own(await batcher.submit(rows(3)), (3,))  # and there is room again
+        assert batcher.stats().rejected == 1
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_could_never_wait_is_bad_input_not_queue_full(device: DeviceThread) -> None:
+    async def scenario() -> None:
+        batcher = Batcher(Doubler(largest=2), device, BatchLimits(queue_rows=4))
+        with pytest.raises(BadInput, match="at most 4"):
+            await batcher.submit(rows(*range(5)))
+        assert _own(await batcher.submit(rows(*range(4))), (0, 1, 2, 3))
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_deadline_ends_waiting_but_not_computing(device: DeviceThread) -> None:
+    fake = Doubler()
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        fake.gate.clear()
+        running = asyncio.create_task(batcher.submit(rows(7), deadline=time.monotonic() + 0.03))
+        await asyncio.to_thread(fake.started.wait, 5)
+        late = asyncio.create_task(batcher.submit(rows(8), deadline=time.monotonic() + 0.03))
+        patient = asyncio.create_task(batcher.submit(rows(9)))
+        with pytest.raises(DeadlineExceeded):  # told at once, with the device still held up
+            await late
+        fake.gate.set()
+        assert _own(await running, (7,))
+        assert _own(await patient, (9,))
+        assert fake.runs == [[7], [9]]
+        assert batcher.stats().expired == 1
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_deadline_that_has_passed_is_dropped_at_assembly(device: DeviceThread) -> None:
+    fake = Doubler()
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        first = await _held(batcher, fake)
+        late = asyncio.create_task(batcher.submit(rows(8), deadline=time.monotonic() + 0.01))
+        await _settle()
+        time.sleep(0.05)  # the loop is held up too, so its timer cannot fire first
+        fake.gate.set()
+        time.sleep(0.05)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        await first
+        assert fake.runs == [[100]]
+        assert batcher.stats().waiting_rows == 0
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_departed_clients_do_not_compute_and_free_their_room(device: DeviceThread) -> None:
+    fake = Doubler()
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device, BatchLimits(queue_rows=3))
+        first = await _held(batcher, fake)
+        tasks = [asyncio.create_task(batcher.submit(rows(value))) for value in (1, 2, 3)]
+        await _settle()
+        tasks[1].cancel()
+        await _settle()
+        assert batcher.stats().waiting_rows == 2
+        taken_its_place = asyncio.create_task(batcher.submit(rows(4)))
+        await _settle()
+        fake.gate.set()
+        assert _own(await tasks[0], (1,))
+        assert _own(await tasks[2], (3,))
+        assert _own(await taken_its_place, (4,))
+        await first
+        assert fake.runs == [[100], [1, 3, 4]]
+        assert batcher.stats().departed == 1
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_only_the_culprit_of_a_failed_batch_fails(device: DeviceThread) -> None:
+    fake = Doubler()
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        first = await _held(batcher, fake)
+        values = (1.0, POISON, 2.0)
+        tasks = [asyncio.create_task(batcher.submit(rows(value))) for value in values]
+        await _settle()
+        fake.gate.set()
+        good, bad, also_good = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(bad, BackendFailed)
+        assert "ValueError: poison" in bad.detail
+        assert isinstance(good, Result)
+        assert isinstance(also_good, Result)
+        assert _own(good, (1,))
+        assert _own(also_good, (2,))
+        await first
+        stats = batcher.stats()
+        assert (stats.answered, stats.failed, stats.retried) == (3, 1, 3)
+        assert fake.runs == [[100], [1, POISON, 2], [1], [POISON], [2]]
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_rest_of_a_split_request_does_not_run_after_its_failure(device: DeviceThread) -> None:
+    fake = Doubler(largest=2)
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        with pytest.raises(BackendFailed):
+            await batcher.submit(rows(POISON, 1, 2, 3, 4, 5))
+        assert fake.runs == [[POISON, 1]]
+        assert batcher.stats().waiting_rows == 0
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_outputs_without_a_row_for_each_row_are_a_failure(device: DeviceThread) -> None:
+    fake = Doubler()
+    fake.run = lambda batch: (batch.sum(),)  # type: ignore[method-assign]
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        with pytest.raises(BackendFailed, match="one row for each row"):
+            await batcher.submit(rows(1, 2))
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(2, 4),
+        torch.zeros(3),
+        torch.zeros(0, 3),
+        torch.zeros(()),
+        torch.zeros(2, 3, dtype=torch.float64),
+        np.zeros((2, 3), dtype=np.int32),
+        np.array([["a", "b", "c"]]),
+    ],
+)
+def test_wrong_shapes_and_types_never_reach_the_device(
+    device: DeviceThread, wrong: torch.Tensor | np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+) -> None:
+    fake = Doubler()
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        with pytest.raises(BadInput):
+            await batcher.submit(wrong)
+        await batcher.close()
+
+    asyncio.run(scenario())
+    assert fake.runs == []
+
+
+def test_read_only_and_strided_arrays_are_accepted(device: DeviceThread) -> None:
+    read_only = np.frombuffer(np.full((2, 3), 5, np.float32).tobytes(), np.float32).reshape(2, 3)
+    strided = np.repeat(np.array([[1], [2]], np.float32), 3, 1)[::-1]
+
+    async def scenario() -> None:
+        batcher = Batcher(Doubler(), device)
+        assert _own(await batcher.submit(read_only), (5, 5))
+        assert _own(await batcher.submit(strided), (2, 1))
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_closing_answers_what_waits_and_refuses_what_comes(device: DeviceThread) -> None:
+    fake = Doubler(largest=2)
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        first = await _held(batcher, fake)
+        tasks = [asyncio.create_task(batcher.submit(rows(value))) for value in range(5)]
+        await _settle()
+        closing = asyncio.create_task(batcher.close())
+        await _settle()
+        with pytest.raises(NotLoaded):
+            await batcher.submit(rows(1))
+        assert not closing.done()
+        fake.gate.set()
+        await closing
+        results = await asyncio.gather(first, *tasks)
+        assert all(_own(result, (value,)) for value, result in enumerate(results[1:]))
+
+    asyncio.run(scenario())
+
+
+def test_closing_without_draining_fails_what_waits_but_not_what_runs(device: DeviceThread) -> None:
+    fake = Doubler()
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        first = await _held(batcher, fake)
+        waiting = asyncio.create_task(batcher.submit(rows(1)))
+        await _settle()
+        closing = asyncio.create_task(batcher.close(drain=False))
+        await _settle()
+        with pytest.raises(NotLoaded):
+            await waiting
+        fake.gate.set()
+        await closing
+        assert _own(await first, (100,))
+        assert fake.runs == [[100]]
+
+    asyncio.run(scenario())
+
+
+def test_a_device_closed_too_early_leaves_nobody_hanging() -> None:
+    fake = Doubler(largest=1)
+    device = DeviceThread("cpu", threads=1)
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device)
+        first = await _held(batcher, fake)
+        waiting = asyncio.create_task(batcher.submit(rows(1)))
+        await _settle()
+        closing = asyncio.create_task(asyncio.to_thread(device.close))
+        await asyncio.sleep(0.02)
+        fake.gate.set()
+        assert _own(await first, (100,))
+        with pytest.raises(NotLoaded):
+            await asyncio.wait_for(waiting, 5)
+        await closing
+        with pytest.raises(NotLoaded):
+            await batcher.submit(rows(2))
+
+    asyncio.run(scenario())
+
+
+def test_two_models_take_turns_on_one_device(device: DeviceThread) -> None:
+    order: list[str] = []
+
+    def recording(name: str) -> Doubler:
+        fake = Doubler(largest=1)
+        plain = fake.run
+
+        def run(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            order.append(name)
+            return plain(batch)
+
+        fake.run = run  # type: ignore[method-assign]
+        return fake
+
+    async def scenario() -> None:
+        one, two = recording("one"), recording("two")
+        first, second = Batcher(one, device), Batcher(two, device)
+        held = await _held(first, one)
+        tasks = [asyncio.create_task(first.submit(rows(value))) for value in range(4)]
+        await _settle()
+        tasks += [asyncio.create_task(second.submit(rows(value))) for value in range(4)]
+        await _settle()
+        one.gate.set()
+        await asyncio.gather(held, *tasks)
+        await first.close()
+        await second.close()
+
+    asyncio.run(scenario())
+    assert order == ["one", "two"] * 4 + ["one"]
+
+
+async def _storm(fake: Doubler, device: DeviceThread, seed: int, requests: int = 150) -> list[str]:
+    """Random sizes, pauses, departures, deadlines and poison; what happened to each request."""
+    dice = random.Random(seed)
+    batcher = Batcher(fake, device, BatchLimits(queue_rows=40, request_seconds=20))
+    counter = iter(range(1, 1_000_000))
+
+    async def client() -> str:
+        await asyncio.sleep(dice.random() * 0.05)
+        values = tuple(float(next(counter)) for _ in range(dice.choice([1, 1, 1, 2, 5, 13])))
+        poisoned = dice.random() < 0.05
+        sent = (*values[:-1], POISON) if poisoned else values
+        deadline = time.monotonic() + (0.002 if dice.random() < 0.1 else 20)
+        call = asyncio.create_task(batcher.submit(rows(*sent), deadline))
+        if dice.random() < 0.2:
+            await asyncio.sleep(dice.random() * 0.01)
+            call.cancel()
+        try:
+            result = await call
+        except asyncio.CancelledError:
+            return "departed"
+        except BackendFailed:
+            return "failed" if poisoned else "blamed without fault"
+        except (QueueFull, DeadlineExceeded) as error:
+            return error.code()
+        if poisoned:
+            return "poison answered"
+        return "answered" if _own(result, values) else "wrong rows"
+
+    outcomes = await asyncio.wait_for(asyncio.gather(*(client() for _ in range(requests))), 20)
+    stats = batcher.stats()
+    assert stats.waiting_rows == 0
+    assert stats.answered + stats.failed + stats.rejected + stats.expired <= requests
+    assert stats.answered >= outcomes.count("answered")
+    assert all(size <= fake.batch_sizes[-1] for size in stats.batch_rows)
+    await batcher.close()
+    assert batcher.stats().running_rows == 0
+    return outcomes
+
+
+ALLOWED = {"answered", "departed", "failed", "queue_full", "deadline_exceeded"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_in_any_interleaving_everyone_gets_their_own_rows_or_an_honest_error(
+    device: DeviceThread, seed: int
+) -> None:
+    dice = random.Random(1000 + seed)
+    fake = Doubler(largest=8, pause=lambda: dice.random() * 0.001)
+    outcomes = asyncio.run(_storm(fake, device, seed))
+    assert set(outcomes) <= ALLOWED
+    assert outcomes.count("answered") > 30
+
+
+def test_the_interleaving_check_notices_rows_that_are_mixed_up(device: DeviceThread) -> None:
+    outcomes = asyncio.run(_storm(Doubler(largest=8, mix_rows=True), device, seed=1))
+    assert "wrong rows" in outcomes
+
+
+def test_the_device_thread_returns_results_and_errors_and_survives_a_bad_job(
+    device: DeviceThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ValueError("no")
+
+    async def scenario(call: Callable[[Callable[[], object]], Awaitable[object]]) -> None:
+        assert await call(lambda: 3) == 3
+        with pytest.raises(ValueError, match="no"):
+            await call(fail)
+        device.post(fail)
+        assert await call(torch.get_num_threads) == 1
+
+    asyncio.run(scenario(device.call))
+    assert "a job on device cpu raised" in caplog.text
