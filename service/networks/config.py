@@ -1,0 +1,104 @@
+"""What an uploader may say beside the checkpoint: the `config` JSON, checked into `ModelConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from service.errors import InvalidConfig
+
+Extent = Annotated[int, Field(ge=1, le=8192)]
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input.
+
+    The image is scaled so that its shorter side has `resize` pixels (None: the input size divided
+    by 0.875), cropped in the middle to the input size, divided by 255, and normalised as
+    (value - mean) / std per channel. One number in `mean` or `std` holds for every channel.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    resize: Extent | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.229, 0.224, 0.225)
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The checked config of one upload; every field may be left out.
+
+    `architecture` is a name, or an object with `name` and constructor values that the keys cannot
+    tell, as in `{"name": "RepVGG", "stem_stride": 1}`. `input_shape` is (channels, height, width).
+    """
+
+    __pydantic_config__ = _STRICT
+
+    architecture: str | dict[str, Any] | None = None
+    input_shape: tuple[Extent, Extent, Extent] | None = None
+    preprocessing: Preprocessing | None = None
+    labels: tuple[str, ...] | None = None
+    weights: Literal["model", "ema"] = "model"
+    backend: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @staticmethod
+    def from_json(text: str | bytes) -> ModelConfig:
+        """Parse and check JSON; empty text is the empty config.
+
+        Raises InvalidConfig naming the first wrong field in `field` and its reason in the detail.
+        """
+        try:
+            config = _ADAPTER.validate_json(text or b"{}")
+        except ValidationError as error:
+            raise _invalid(error) from None
+        config.requested()
+        return config
+
+    def to_json(self) -> str:
+        """JSON that `from_json` turns back into an equal config."""
+        return _ADAPTER.dump_json(self).decode()
+
+    def requested(self) -> Requested:
+        """The architecture that the uploader names, if any. Raises InvalidConfig without a name."""
+        if self.architecture is None or isinstance(self.architecture, str):
+            return Requested(self.architecture)
+        values = dict(self.architecture)
+        name = values.pop("name", None)
+        if isinstance(name, str):
+            return Requested(name, values)
+        raise InvalidConfig(
+            "`architecture` is an object without a `name`.",
+            remedy='Write a name, or {"name": "RepVGG", ...} with constructor values beside it.',
+            field="architecture.name",
+        )
+
+
+@dataclass(frozen=True)
+class Requested:
+    """A network named by the uploader and the constructor values that they fix."""
+
+    name: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+_ADAPTER = TypeAdapter(ModelConfig)
+
+
+def _invalid(error: ValidationError) -> InvalidConfig:
+    first = error.errors(include_url=False, include_input=False)[0]
+    # Branches of a union add their own names to the location; those are no fields of the config.
+    place = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "config"
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = ", ".join(f"`{name}`" for name in ModelConfig.__dataclass_fields__)
+        return InvalidConfig(
+            f"`{place}` is not a field of config.", remedy=f"Known fields: {known}.", field=place
+        )
+    return InvalidConfig(f"`{place}`: {first['msg']}.", field=place)

@@ -1,0 +1,258 @@
+"""From a state dict to a network: which family, which hyper-parameters, which form, and why.
+
+A family reads its hyper-parameters from the shapes; then the network is laid out without storage
+(on the meta device) and its keys and shapes are compared with the file's, in training and in deploy
+form. So every refusal names keys, and no family has to check its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from service.errors import (
+    InvalidConfig,
+    MissingKeys,
+    MixedForm,
+    ShapeMismatch,
+    UnexpectedKeys,
+    UnknownArchitecture,
+)
+from service.networks.base import deploy_skeleton
+from service.networks.config import ModelConfig, Requested
+from service.networks.family import Family, Values
+from service.networks.keys import Keys, Shape, show
+from service.networks.table import FAMILIES
+
+Form = Literal["train", "deploy"]
+_BOOKKEEPING = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params)$")
+"""Counters of batch norm (absent from old files) and of profilers: they never change an output."""
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a state dict is: enough to build it, and the reasons for believing so.
+
+    `network` is the row of the table that builds it from `hyperparameters`; `name` is for people.
+    `evidence` and `assumed` are sentences; `dropped` are keys of the file that are left out.
+    """
+
+    family: str
+    network: str
+    name: str
+    form: Form
+    hyperparameters: Values
+    num_classes: int | None
+    input_shape: tuple[int, int, int]
+    evidence: tuple[str, ...]
+    assumed: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def recognise(state: Mapping[str, Tensor], config: ModelConfig | None = None) -> Recognition:
+    """Tell which network a state dict belongs to, from its keys and shapes and the config.
+
+    Raises UnknownArchitecture, MissingKeys, UnexpectedKeys, ShapeMismatch, MixedForm (each with the
+    keys in `keys`) or InvalidConfig.
+    """
+    config = config or ModelConfig()
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    keys = Keys(shapes)
+    requested = config.requested()
+    family, published = _choose(keys, requested)
+    hints = dict(requested.values)
+    unknown = set(hints) - set(family.parameters())
+    if unknown:
+        raise InvalidConfig(
+            f"`architecture.{min(unknown)}` is not a value of {family.network}.",
+            remedy=f"It has {', '.join(f'`{name}`' for name in family.parameters())}.",
+            field=f"architecture.{min(unknown)}",
+        )
+    if config.input_shape:
+        hints.setdefault("in_channels", config.input_shape[0])
+    reading = family.read(keys, hints)
+    values = {**reading.values, **requested.values}
+    if published is not None:
+        head = {k: v for k, v in values.items() if k in ("num_classes", "in_channels")}
+        values = {**published, **head, **requested.values}
+    values = family.complete(values)
+    _agree(config, values)
+    dropped = tuple(key for key in shapes if family.dropped and family.dropped.search(key))
+    network = _lay_out(family, values, requested=bool(requested.values))
+    form = _compare(family, network, {k: s for k, s in shapes.items() if k not in set(dropped)})
+    channels = values.get("in_channels", 3)
+    size = family.size
+    told = tuple(s for s in reading.assumed if not _fixed(s, requested.values))
+    if config.input_shape is None:
+        told = (*told, f"The input is taken to be {channels}x{size}x{size}.")
+    return Recognition(
+        family=family.family,
+        network=family.network,
+        name=_name(family, values),
+        form=form,
+        hyperparameters=values,
+        num_classes=values.get("num_classes"),
+        input_shape=config.input_shape or (channels, size, size),
+        evidence=reading.evidence,
+        assumed=told,
+        dropped=dropped,
+    )
+
+
+def build(recognition: Recognition, state: Mapping[str, Tensor]) -> nn.Module:
+    """The recognised network in evaluation mode and float32, holding the weights of `state`.
+
+    Half and double precision are converted. Raises MissingKeys, UnexpectedKeys or ShapeMismatch
+    when `state` is not the one that was recognised.
+    """
+    family = next(row for row in FAMILIES if row.network == recognition.network)
+    module = family.make(**recognition.hyperparameters)
+    if recognition.form == "deploy":
+        module = deploy_skeleton(module)
+    own = module.state_dict()
+    wanted = {key: tensor for key, tensor in state.items() if key not in recognition.dropped}
+    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    _check(family, {key: tuple(tensor.shape) for key, tensor in own.items()}, shapes)
+    for key in own:
+        if _BOOKKEEPING.search(key):
+            wanted.setdefault(key, own[key])
+    module.load_state_dict({key: wanted[key].reshape(own[key].shape) for key in own})
+    return module.float().eval()
+
+
+def known_names() -> list[str]:
+    """Every name that `config.architecture` may give."""
+    return sorted({name for row in FAMILIES for name in (row.network, *row.named)})
+
+
+def _choose(keys: Keys, requested: Requested) -> tuple[Family, Values | None]:
+    """The family to read with, and the published values if a published network was named."""
+    if requested.name is not None:
+        wanted = requested.name.lower()
+        for row in FAMILIES:
+            if row.network.lower() == wanted:
+                return row, None
+            for name, values in row.named.items():
+                if name.lower() == wanted:
+                    return row, values
+        close = get_close_matches(requested.name, known_names(), n=3, cutoff=0.4)
+        raise InvalidConfig(
+            f"`architecture` is {requested.name!r}, which names no known network.",
+            remedy=f"Did you mean {' or '.join(close)}?" if close else "Leave it out, or see docs.",
+            field="architecture",
+        )
+    for row in FAMILIES:
+        if row.claims(keys):
+            return row, None
+    raise UnknownArchitecture(
+        f"None of the {len(keys.shapes)} keys belongs to a known re-parameterizable network; "
+        f"they begin with {_list(keys.shapes)}.",
+        keys=list(keys.shapes)[:50],
+    )
+
+
+def _lay_out(family: Family, values: Values, *, requested: bool) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return family.make(**values)
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError, ArithmeticError) as error:
+        kind = InvalidConfig if requested else ShapeMismatch
+        raise kind(
+            f"No {family.network} has the values {_brief(values)}: {error}.",
+            remedy="Correct `architecture` in config, or check that the checkpoint is undamaged.",
+            field="architecture",
+        ) from None
+
+
+def _agree(config: ModelConfig, values: Values) -> None:
+    """Raise InvalidConfig where input shape or labels contradict what the shapes told."""
+    channels, classes = values.get("in_channels"), values.get("num_classes")
+    if config.input_shape and channels and config.input_shape[0] != channels:
+        raise InvalidConfig(
+            f"`input_shape` has {config.input_shape[0]} channels; the network takes {channels}.",
+            field="input_shape",
+        )
+    if config.labels and classes and len(config.labels) != classes:
+        raise InvalidConfig(
+            f"`labels` holds {len(config.labels)} names; the network has {classes} classes.",
+            field="labels",
+        )
+
+
+def _compare(family: Family, network: nn.Module, shapes: Mapping[str, Shape]) -> Form:
+    """Which form of `network` the file holds; raises when it holds neither wholly."""
+    train = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    with torch.device("meta"):
+        folded = deploy_skeleton(network).state_dict()
+    deploy = {key: tuple(tensor.shape) for key, tensor in folded.items()}
+    of_train = [key for key in shapes if key in train and key not in deploy]
+    of_deploy = [key for key in shapes if key in deploy and key not in train]
+    if of_train and of_deploy:
+        raise MixedForm(
+            f"{len(of_train)} keys belong to the training form only (such as {_list(of_train)}) "
+            f"and {len(of_deploy)} to the deploy form only (such as {_list(of_deploy)}).",
+            keys=[*of_deploy[:25], *of_train[:25]],
+        )
+    form: Form = "deploy" if of_deploy else "train"
+    _check(family, deploy if of_deploy else train, shapes)
+    return form
+
+
+def _check(family: Family, own: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    missing = [key for key in own if key not in found and not _BOOKKEEPING.search(key)]
+    extra = [key for key in found if key not in own and not _BOOKKEEPING.search(key)]
+    if missing:
+        also = f" In their place it holds {_list(extra)}." if extra else ""
+        raise MissingKeys(
+            f"A {family.network} of these shapes has {_list(missing)}, which the file lacks.{also}",
+            keys=missing[:50],
+            unexpected=extra[:50],
+        )
+    if extra:
+        raise UnexpectedKeys(
+            f"A {family.network} of these shapes has no {_list(extra)}.", keys=extra[:50]
+        )
+    wrong = [k for k in own if k in found and own[k] != found[k] and not _BOOKKEEPING.search(k)]
+    if wrong:
+        key = wrong[0]
+        raise ShapeMismatch(
+            f"`{key}` has shape {show(found[key])} where {family.network} has {show(own[key])}"
+            + (f"; {len(wrong) - 1} more differ." if len(wrong) > 1 else "."),
+            keys=wrong[:50],
+            expected=list(own[key]),
+            found=list(found[key]),
+        )
+
+
+def _name(family: Family, values: Values) -> str:
+    def shape_of(complete: Values) -> Values:
+        ignored = ("num_classes", "in_channels")
+        return {k: v for k, v in complete.items() if k not in ignored}
+
+    for name, published in family.named.items():
+        if shape_of(family.complete(published)) == shape_of(values):
+            return name
+    return f"{family.network} (custom)" if family.named else family.network
+
+
+def _fixed(sentence: str, values: Values) -> bool:
+    """Whether the config fixed the value that an `assumed` sentence begins with."""
+    return sentence.split(" ", 1)[0].strip("`") in values
+
+
+def _list(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    shown = ", ".join(f"`{key}`" for key in keys[:_SHOWN])
+    return f"{shown} and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else shown
+
+
+def _brief(values: Mapping[str, Any]) -> str:
+    text = ", ".join(f"{key}={value}" for key, value in values.items())
+    return text if len(text) <= 300 else text[:300] + "..."
