@@ -1,0 +1,33 @@
+"""Where uploads and results live: blobs by hash, and the catalog that gives them meaning."""
+
+from __future__ import annotations
+
+from service.store.blobs import BlobInfo, BlobRef, BlobStore, BlobWriter
+from service.store.catalog import Catalog, sqlite_url
+from service.store.names import check_model_name
+from service.store.records import (
+    BenchmarkRecord,
+    CheckpointRecord,
+    EventRecord,
+    ModelRecord,
+    Page,
+    State,
+    VersionRecord,
+)
+
+__all__ = [
+    "BenchmarkRecord",
+    "BlobInfo",
+    "BlobRef",
+    "BlobStore",
+    "BlobWriter",
+    "Catalog",
+    "CheckpointRecord",
+    "EventRecord",
+    "ModelRecord",
+    "Page",
+    "State",
+    "VersionRecord",
+    "check_model_name",
+    "sqlite_url",
+]

@@ -1,0 +1,363 @@
+"""Content-addressed blobs: bytes named by their SHA-256, published whole or not at all.
+
+    objects/ab/abcdef...    published blobs, the folder named by the first two digits
+    temporary/<random>      what is being written; its writer holds an exclusive flock
+
+On a local folder a blob is published by: check length and hash, fsync the file, rename it, fsync
+the folder. A writer that dies leaves only a temporary file, whose lock dies with it, so
+`sweep_temporary` can tell dead from living at any time, beside other processes too.
+
+Any other URL that obstore knows (`s3://bucket/prefix`, `memory:///`) holds the same tree. Uploads
+are then collected in a local folder first, because the name is only known at the last byte, and
+put with one create call, which those stores make atomic themselves.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import obstore
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from service.errors import BlobCorrupt, FoldserveError, StorageFull, StoreError, UploadTooLarge
+
+CHUNK_BYTES = 1 << 20
+"""Bytes read or written at once; memory stays within a few of these whatever the blob's size."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    """A published blob: `sha256` in 64 lower-case hex digits, `size` in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class BlobInfo:
+    """A blob as listed: like `BlobRef`, and when it was last put (UTC)."""
+
+    sha256: str
+    size: int
+    modified: datetime
+
+
+class BlobStore:
+    """Blobs in a local folder, or at a URL with `local_dir` for temporary files and a cache."""
+
+    def __init__(self, location: str | Path, *, local_dir: Path | None = None) -> None:
+        """Open the store, creating its folders; `location` is a path, `file://` URL or other URL.
+
+        Raises ValueError when a URL that is not local comes without `local_dir`, and StoreError
+        or StorageFull when the folders cannot be made.
+        """
+        text = str(location)
+        self._root: Path | None
+        if "://" in text and not text.startswith("file://"):
+            if local_dir is None:
+                raise ValueError("a blob store that is not local needs local_dir")
+            self._root, work = None, Path(local_dir)
+            self._store: ObjectStore = from_url(text)
+            self._cache: Path | None = work / "cache"
+        else:
+            self._root = work = Path(text.removeprefix("file://")).absolute()
+            self._cache = None
+        self._temporary = work / "temporary"
+        with _io_errors(f"open the blob store at {work}"):
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            if self._cache is not None:
+                self._cache.mkdir(parents=True, exist_ok=True)
+            if self._root is not None:
+                (self._root / "objects").mkdir(exist_ok=True)
+                self._store = LocalStore(self._root)
+
+    def writer(self, *, max_bytes: int | None = None) -> BlobWriter:
+        """A streaming writer; beyond `max_bytes` its `write` raises UploadTooLarge."""
+        return BlobWriter(self, max_bytes)
+
+    def put_file(self, path: Path) -> BlobRef:
+        """Copy one local file in; the same bytes again give the same blob."""
+        with open(path, "rb") as source, self.writer() as writer:
+            while chunk := source.read(CHUNK_BYTES):
+                writer.write(chunk)
+            return writer.commit()
+
+    def exists(self, sha256: str) -> bool:
+        """Whether the blob is published. Its bytes are not checked; `verify` does that."""
+        try:
+            obstore.head(self._store, _key(sha256))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, sha256: str) -> int:
+        """The blob's length in bytes. Raises BlobCorrupt when the store does not hold it."""
+        try:
+            return obstore.head(self._store, _key(sha256))["size"]
+        except FileNotFoundError:
+            raise _missing(sha256) from None
+
+    def read_chunks(self, sha256: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The blob's bytes in pieces of at least `chunk_bytes` (the last may be shorter).
+
+        Raises BlobCorrupt at once when the store does not hold it. The hash is not checked here,
+        because the first pieces are out before it could be; call `verify` first where it matters.
+        """
+        try:
+            found = obstore.get(self._store, _key(sha256))
+        except FileNotFoundError:
+            raise _missing(sha256) from None
+        return (bytes(chunk) for chunk in found.stream(min_chunk_size=chunk_bytes))
+
+    def open_path(self, sha256: str, *, verify: bool = True) -> Path:
+        """A local file with the blob's bytes, for reading only; remote blobs are cached first.
+
+        With `verify` the bytes are hashed before the path is handed out (about 1 s a gigabyte).
+        Raises BlobCorrupt when the blob is absent or its bytes do not match its name.
+        """
+        key = _key(sha256)
+        if self._root is not None:
+            path = self._root / key
+            if not path.is_file():
+                raise _missing(sha256)
+        else:
+            assert self._cache is not None
+            path = self._cache / sha256
+            if not path.is_file():
+                self._fetch(sha256, path)
+                return path
+        if verify:
+            with open(path, "rb") as file:
+                _check(sha256, iter(lambda: file.read(CHUNK_BYTES), b""))
+        return path
+
+    def verify(self, sha256: str) -> None:
+        """Read the whole blob and compare its hash. Raises BlobCorrupt when it differs."""
+        _check(sha256, self.read_chunks(sha256))
+
+    def delete(self, sha256: str) -> bool:
+        """Remove the blob; True when it was there. Deleting an absent blob is no error."""
+        there = self.exists(sha256)
+        with suppress(FileNotFoundError):
+            obstore.delete(self._store, _key(sha256))
+        if self._cache is not None:
+            (self._cache / sha256).unlink(missing_ok=True)
+        return there
+
+    def blobs(self) -> Iterator[BlobInfo]:
+        """Every published blob, in no particular order."""
+        for page in obstore.list(self._store, "objects"):
+            for meta in page:
+                name = meta["path"].rsplit("/", 1)[-1]
+                if _SHA256.fullmatch(name):
+                    yield BlobInfo(name, meta["size"], meta["last_modified"])
+
+    def sweep_temporary(self) -> int:
+        """Remove the temporary files that no living writer holds; returns how many."""
+        swept = 0
+        for path in self._temporary.iterdir():
+            with suppress(FileNotFoundError), open(path, "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                path.unlink()
+                swept += 1
+        return swept
+
+    def _fetch(self, sha256: str, path: Path) -> None:
+        """Bring a remote blob into the cache, whole and checked."""
+        chunks = self.read_chunks(sha256)
+        with _io_errors("write to the cache"), _temporary_file(self._temporary) as (file, name):
+            _check(sha256, _tee(chunks, file))
+            file.flush()
+            os.replace(name, path)
+
+    def _publish(self, file: BinaryIO, temporary: Path, ref: BlobRef) -> None:
+        """Make a finished temporary file visible under its hash.
+
+        An existing blob is replaced: the bytes are the same by name, its time is renewed so that
+        a collector of old unreferenced blobs leaves it alone, and a damaged one is healed.
+        """
+        key = _key(ref.sha256)
+        if self._root is None:
+            obstore.put(self._store, key, temporary)
+            if (stored := self.size(ref.sha256)) != ref.size:
+                raise BlobCorrupt(f"{stored} bytes of {ref.size} reached the store.")
+            temporary.unlink()
+            return
+        os.fsync(file.fileno())
+        final = self._root / key
+        if not final.parent.is_dir():
+            final.parent.mkdir(exist_ok=True)
+            _fsync_folder(final.parent.parent)
+        os.replace(temporary, final)
+        _fsync_folder(final.parent)
+
+
+class BlobWriter:
+    """Writes one blob piece by piece, hashing as it goes; visible only after `commit`.
+
+    Use it as a context manager: leaving without `commit` aborts. Calls block on the disk, so an
+    async caller runs them in a thread; one writer is used by one thread at a time.
+    """
+
+    def __init__(self, store: BlobStore, max_bytes: int | None) -> None:
+        self._store = store
+        self._max_bytes = max_bytes
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._open = _temporary_file(store._temporary)
+        with _io_errors("create a temporary file"):
+            self._file, self._path = self._open.__enter__()
+        self._done = False
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes. Raises UploadTooLarge or StorageFull, after which nothing is left."""
+        try:
+            if self._done:
+                raise StoreError("The writer is already closed.")
+            total = self._size + len(data)
+            if self._max_bytes is not None and total > self._max_bytes:
+                raise UploadTooLarge(
+                    f"The upload is larger than {self._max_bytes} bytes.", limit=self._max_bytes
+                )
+            with _io_errors("write the upload"):
+                self._file.write(data)
+            self._hash.update(data)
+            self._size = total
+        except BaseException:
+            self.abort()
+            raise
+
+    def commit(
+        self, *, expected_sha256: str | None = None, expected_size: int | None = None
+    ) -> BlobRef:
+        """Publish what was written, atomically and durably, and return its reference.
+
+        Raises BlobCorrupt when length or hash are not the expected ones or when the file system
+        lost bytes, and StorageFull; nothing is published then.
+        """
+        if self._done:
+            raise StoreError("The writer is already closed.")
+        ref = BlobRef(self._hash.hexdigest(), self._size)
+        try:
+            with _io_errors("publish the blob"):
+                self._file.flush()
+                on_disk = os.fstat(self._file.fileno()).st_size
+                if on_disk != ref.size or expected_size not in (None, ref.size):
+                    raise BlobCorrupt(
+                        f"{ref.size} bytes were received, {on_disk} are on disk"
+                        + (f", {expected_size} were announced." if expected_size else ".")
+                    )
+                if expected_sha256 not in (None, ref.sha256):
+                    raise BlobCorrupt(
+                        f"The bytes hash to {ref.sha256}, {expected_sha256} was announced."
+                    )
+                self._store._publish(self._file, self._path, ref)
+        finally:
+            self.abort()
+        return ref
+
+    def abort(self) -> None:
+        """Drop what was written. Safe to call twice and after `commit`."""
+        if not self._done:
+            self._done = True
+            self._open.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+
+@contextmanager
+def _temporary_file(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """An open, locked, randomly named file that is gone afterwards unless it was renamed."""
+    while True:
+        path = folder / uuid.uuid4().hex
+        file = open(path, "xb", buffering=CHUNK_BYTES)  # noqa: SIM115  closed below
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # A sweep may have taken the file between its creation and our lock: then make another.
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()
+    try:
+        yield file, path
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk shows again at the flush that closing does
+            file.close()
+
+
+@contextmanager
+def _io_errors(action: str) -> Iterator[None]:
+    """Turn operating-system errors into the store's own."""
+    try:
+        yield
+    except FoldserveError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageFull(f"Could not {action}: {error.strerror}.") from error
+        raise StoreError(f"Could not {action}: {error}.") from error
+
+
+def _key(sha256: str) -> str:
+    if _SHA256.fullmatch(sha256) is None:
+        raise ValueError(f"not a sha256 in lower-case hex: {sha256!r}")
+    return f"objects/{sha256[:2]}/{sha256}"
+
+
+def _missing(sha256: str) -> BlobCorrupt:
+    return BlobCorrupt(f"The store does not hold the blob {sha256}.", sha256=sha256)
+
+
+def _check(sha256: str, chunks: Iterator[bytes]) -> None:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise BlobCorrupt(
+            f"The bytes of blob {sha256} hash to {digest.hexdigest()}.", sha256=sha256
+        )
+
+
+def _tee(chunks: Iterator[bytes], file: BinaryIO) -> Iterator[bytes]:
+    for chunk in chunks:
+        file.write(chunk)
+        yield chunk
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,40 @@
+"""A fresh catalog for every test, on SQLite and on PostgreSQL where one is given."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+
+from service.store import Catalog, sqlite_url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database."""
+    if request.param == "sqlite":
+        yield sqlite_url(tmp_path / "catalog.sqlite")
+        return
+    server = os.environ.get("FOLDSERVE_TEST_POSTGRES_URL")
+    if not server:
+        pytest.skip("FOLDSERVE_TEST_POSTGRES_URL names no PostgreSQL server to test on")
+    name = f"foldserve_{uuid.uuid4().hex}"
+    engine = create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    yield make_url(server).set(database=name).render_as_string(hide_password=False)
+    with engine.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+@pytest.fixture
+def catalog(database_url: str) -> Iterator[Catalog]:
+    """An empty, open catalog."""
+    opened = Catalog(database_url)
+    yield opened
+    opened.close()

@@ -1,0 +1,97 @@
+"""Opening a database: migrations, their agreement with the tables, SQLite's settings."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Column, Integer, MetaData, inspect, text
+
+from service.errors import StoreError
+from service.store import Catalog, sqlite_url
+from service.store.database import alembic_config, migrate, open_engine, writing
+from service.store.schema import Base
+
+
+def differences(url: str, metadata: MetaData) -> list[object]:
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        found: list[object] = compare_metadata(context, metadata)
+    engine.dispose()
+    return found
+
+
+def test_migrations_and_tables_agree(database_url: str) -> None:
+    assert differences(database_url, Base.metadata) == []
+
+
+def test_a_forgotten_migration_would_show(database_url: str) -> None:
+    changed = MetaData()
+    for table in Base.metadata.tables.values():
+        table.to_metadata(changed)
+    changed.tables["models"].append_column(Column("forgotten", Integer))
+    assert len(differences(database_url, changed)) == 1
+
+
+def test_migrating_again_changes_nothing_and_down_leaves_nothing(database_url: str) -> None:
+    engine = open_engine(database_url)
+    migrate(engine)
+    with writing(engine).begin() as connection:
+        command.downgrade(alembic_config(connection), "base")
+    assert inspect(engine).get_table_names() == ["alembic_version"]
+    migrate(engine)
+    assert "versions" in inspect(engine).get_table_names()
+    engine.dispose()
+
+
+def test_several_processes_open_a_new_database_at_once(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "catalog.sqlite")
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=_open, args=(url, f"m{i}")) for i in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    catalog = Catalog(url)
+    assert [model.name for model in catalog.list_models().items] == ["m0", "m1", "m2"]
+    catalog.close()
+
+
+def _open(url: str, model: str) -> None:
+    catalog = Catalog(url)
+    catalog.create_version(model, "0" * 64, 1, None, {})
+    catalog.close()
+
+
+def test_sqlite_is_durable_and_checks_references(tmp_path: Path) -> None:
+    engine = open_engine(sqlite_url(tmp_path / "catalog.sqlite"))
+    with engine.connect() as connection:
+        read = {
+            name: connection.execute(text(f"PRAGMA {name}")).scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    engine.dispose()
+    assert read == {
+        "journal_mode": "wal",
+        "synchronous": 2,
+        "foreign_keys": 1,
+        "busy_timeout": 30_000,
+    }
+
+
+def test_a_private_memory_database_is_refused() -> None:
+    with pytest.raises(ValueError, match="database file"):
+        Catalog("sqlite://")
+
+
+def test_a_file_that_is_no_database_is_a_store_error(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(StoreError, match="not a database"):
+        Catalog(sqlite_url(path))
