@@ -75,7 +75,7 @@ class ModelConfig:
         if isinstance(name, str):
             return Requested(name, values)
         raise InvalidConfig(
-            "`architecture` is an object without a `name`.",
+            "`architecture.name` is missing: an object must name its architecture.",
             remedy='Write a name, or {"name": "RepVGG", ...} with constructor values beside it.',
             field="architecture.name",
         )

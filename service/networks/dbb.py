@@ -86,12 +86,8 @@ class DiverseBranchBlock(Reparameterizable):
         self.dbb_1x1_kxk.add_module("bn2", nn.BatchNorm2d(out_channels, eps=eps))
 
     def branches(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dbb_origin(x)
-        if self.dbb_1x1 is not None:
-            out = out + self.dbb_1x1(x)
-        pooled, stacked = self.dbb_avg(x), self.dbb_1x1_kxk(x)
-        out = out + pooled + stacked
-        return out
+        out: Tensor = self.dbb_origin(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)
+        return out if self.dbb_1x1 is None else out + self.dbb_1x1(x)
 
     def tail(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(x)
