@@ -43,6 +43,7 @@ FoldserveError
     ├── BadInput
     ├── UnsupportedMediaType
     ├── ImageTooLarge
+    ├── RequestStalled
     ├── QueueFull
     ├── DeadlineExceeded
     ├── BackendFailed
@@ -312,6 +313,11 @@ class ImageTooLarge(ServingError):
     remedy = "Scale the image down, or raise FOLDSERVE_MAX_IMAGE_PIXELS."
 
 
+class RequestStalled(ServingError):
+    title = "The request stopped sending"
+    remedy = "Send it again over a connection that does not pause for so long."
+
+
 class QueueFull(ServingError):
     title = "The model's queue is full"
     remedy = "Repeat the request after the time in Retry-After."
@@ -331,10 +337,11 @@ class NotLoaded(ServingError):
     remedy = "Wait until /health/ready answers 200."
 
 
-def _subclasses(cls: type[FoldserveError]) -> Iterator[type[FoldserveError]]:
-    yield cls
-    for child in cls.__subclasses__():
-        yield from _subclasses(child)
+def all_kinds(root: type[FoldserveError] = FoldserveError) -> Iterator[type[FoldserveError]]:
+    """Every class of the tree below and including `root`, parents first."""
+    yield root
+    for child in root.__subclasses__():
+        yield from all_kinds(child)
 
 
-_BY_CODE = {kind.code(): kind for kind in _subclasses(FoldserveError)}
+_BY_CODE = {kind.code(): kind for kind in all_kinds()}
