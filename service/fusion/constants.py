@@ -1,0 +1,95 @@
+"""Folding everything that depends on parameters alone, in float64.
+
+This is what makes online re-parameterization an ordinary case: OREPA generates its kernel from
+parameters on every forward pass (block squeezing, Hu et al. 2022, §3.3), so in eval mode the
+generated kernel is one constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.graph.operators import ATEN, DTYPES, OPERATORS
+from service.graph.program import Argument, DType, Node, Program, Ref
+
+
+class Constants(Mapping[str, Tensor]):
+    """Weights, and nodes that read nothing but constants, by name; floating ones in float64.
+
+    Values are computed when first read and kept. `computed` tells the nodes among them.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._weights = program.weights
+        self._values: dict[str, Any] = {}
+        self._pending: dict[str, Node] = {}
+        for node in program.nodes:
+            if all(name in self for name in node.refs()) or self._is_batch_expansion(node):
+                self._pending[node.name] = node
+
+    def _is_batch_expansion(self, node: Node) -> bool:
+        """`expand` of a constant along the batch, or a `copy` of one: still that constant."""
+        source = {"aten.expand": "self", "aten.copy": "src"}.get(node.op)
+        value = node.args[source] if source else None
+        return isinstance(value, Ref) and value.name in self
+
+    @property
+    def computed(self) -> frozenset[str]:
+        return frozenset(self._pending)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights or name in self._pending
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._weights
+        yield from self._pending
+
+    def __len__(self) -> int:
+        return len(self._weights) + len(self._pending)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            if name in self._weights:
+                return _widened(self._weights[name])
+            with torch.no_grad():
+                self._values[name] = self._compute(self._pending[name])
+        return self._values[name]
+
+    def _compute(self, node: Node) -> Any:
+        if node.op == "aten.copy":
+            return self._resolve(node.args["src"])
+        if node.op == "aten.expand":
+            source = self._resolve(node.args["self"])
+            sizes = node.args["size"]
+            assert isinstance(sizes, tuple)
+            known = [1 if isinstance(s, Ref) and s.name not in self else s for s in sizes]
+            return source.expand([self._resolve(size) for size in known])
+        keyword = (
+            {a.name for a in ATEN[node.op]._schema.arguments if a.kwarg_only}
+            if node.op in ATEN
+            else set()
+        )
+        args = [self._resolve(v) for key, v in node.args.items() if key not in keyword]
+        kwargs = {key: self._resolve(v) for key, v in node.args.items() if key in keyword}
+        result = OPERATORS[node.op](*args, **kwargs)
+        return _widened(result) if isinstance(result, Tensor) else result
+
+    def _resolve(self, argument: Argument) -> Any:
+        if isinstance(argument, Ref):
+            return self[argument.name]
+        if isinstance(argument, DType):
+            dtype = DTYPES[argument.name]
+            return torch.float64 if dtype.is_floating_point else dtype
+        if isinstance(argument, tuple):
+            return [self._resolve(item) for item in argument]
+        return argument
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+

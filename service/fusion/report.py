@@ -1,0 +1,257 @@
+"""The fusion report: every block of the network as fused, kept or refused, with its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from service.fusion.affine import Rule
+from service.fusion.analysis import Analysis
+from service.fusion.cost import convolution_count, node_macs, program_macs
+from service.fusion.cover import BORDER_REASON, Cover, usable
+from service.fusion.rewrite import Region, Rewritten
+from service.fusion.rules import CONVOLUTIONS
+from service.graph.program import Node, Program, TensorSpec
+
+
+
+@dataclass(frozen=True)
+class Block:
+    """One linear region. `status` is `fused`, `kept` (nothing to gain) or `refused` (not exact).
+
+    `modules` are the source modules, `rules` and `sources` how they were joined and where the rule
+    is published; counts are of one sample.
+    """
+
+    module: str
+    status: str
+    reason: str
+    rules: tuple[str, ...]
+    sources: tuple[str, ...]
+    modules: tuple[str, ...]
+    operators_before: int
+    operators_after: int
+    convolutions_before: int
+    convolutions_after: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+    in_channels: int
+    out_channels: int
+    macs_before: int
+    macs_after: int
+    parameters_before: int
+    parameters_after: int
+    error_float64: float | None = None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The whole program before and after; MACs of one sample, bytes of all weights."""
+
+    blocks: int
+    fused: int
+    kept: int
+    refused: int
+    convolutions_before: int
+    convolutions_after: int
+    operators_before: int
+    operators_after: int
+    macs_before: int
+    macs_after: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Report:
+    blocks: tuple[Block, ...]
+    totals: Totals
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: `{"totals": …, "blocks": […]}`."""
+        return {"totals": asdict(self.totals), "blocks": [asdict(block) for block in self.blocks]}
+
+    def to_text(self) -> str:
+        """A table for a terminal, one line a block."""
+        lines = [
+            f"{block.status:8s} {block.module or '(root)':40s} "
+            f"{block.operators_before:3d} -> {block.operators_after} operators  "
+            f"{block.reason or ', '.join(block.rules)}"
+            for block in self.blocks
+        ]
+        t = self.totals
+        lines.append(
+            f"{t.fused} fused, {t.kept} kept, {t.refused} refused; convolutions "
+            f"{t.convolutions_before} -> {t.convolutions_after}; MACs {t.macs_before:,} -> "
+            f"{t.macs_after:,}; parameters {t.parameters_before:,} -> {t.parameters_after:,}"
+        )
+        return "\n".join(lines)
+
+
+def make_report(analysis: Analysis, cover: Cover, rewritten: Rewritten) -> Report:
+    """Describe what `rewrite` did with `cover`."""
+    nodes = {node.name: node for node in analysis.program.nodes}
+    regions = {region.output: region for region in rewritten.regions}
+    blocks = []
+    for name, form in cover.chosen.items():
+        if form is not None and name in regions:
+            block = _fused_block(regions[name], analysis, nodes)
+            if block.convolutions_before or block.operators_before > 1:
+                blocks.append(block)
+        elif form is None and nodes[name].op in CONVOLUTIONS:
+            blocks.append(_kept_block(nodes[name], analysis, cover, nodes))
+    return Report(tuple(blocks), _totals(blocks, analysis.program, rewritten.program))
+
+
+def _fused_block(region: Region, analysis: Analysis, nodes: dict[str, Node]) -> Block:
+    form, geometry = region.form, region.form.geometry
+    members = [node for node in analysis.program.nodes if node.name in form.nodes]
+    rules = sorted(form.rules | _parameter_rule(members, analysis), key=lambda r: r.value)
+    convolutional = not (geometry.pointwise and geometry.depthwise) and bool(geometry.kernel)
+    return Block(
+        module=region.module,
+        status="fused",
+        reason="",
+        rules=tuple(rule.value for rule in rules),
+        sources=tuple(dict.fromkeys(rule.source for rule in rules)),
+        modules=_modules(members),
+        operators_before=len(members),
+        operators_after=1,
+        convolutions_before=sum(node.op in CONVOLUTIONS for node in members),
+        convolutions_after=int(convolutional),
+        kernel=geometry.kernel,
+        stride=geometry.stride,
+        groups=geometry.groups,
+        in_channels=geometry.in_channels,
+        out_channels=geometry.out_channels,
+        macs_before=sum(node_macs(node, analysis.specs) for node in members),
+        macs_after=geometry.macs,
+        parameters_before=_parameters(members, analysis),
+        parameters_after=_product(geometry.weight_shape) + geometry.out_channels,
+    )
+
+
+def _parameter_rule(members: Sequence[Node], analysis: Analysis) -> frozenset[Rule]:
+    computed = analysis.constants.computed
+    generated = any(name in computed for node in members for name in node.refs())
+    return frozenset({Rule.PARAMETERS}) if generated else frozenset()
+
+
+def _modules(members: Sequence[Node]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(node.source for node in members if node.source))
+
+
+def _parameters(members: Sequence[Node], analysis: Analysis) -> int:
+    """Elements of the floating-point weights that the nodes read, directly or through folding."""
+    weights = analysis.program.weights
+    nodes = {node.name: node for node in analysis.program.nodes}
+    pending = [name for node in members for name in node.refs()]
+    seen: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in analysis.constants.computed:
+            pending.extend(nodes[name].refs())
+    return sum(
+        weights[n].numel() for n in seen if n in weights and weights[n].is_floating_point()
+    )
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _kept_block(
+    node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, Node]
+) -> Block:
+    status, reason = _why_kept(node, analysis, cover, nodes)
+    specs = analysis.specs
+    weight = _weight_spec(node, specs)
+    shape = tuple(n or 0 for n in weight.shape) if weight else ()
+    groups = node.args.get("groups")
+    groups = groups if isinstance(groups, int) else 1
+    return Block(
+        module=node.source,
+        status=status,
+        reason=reason,
+        rules=(),
+        sources=(),
+        modules=_modules([node]),
+        operators_before=1,
+        operators_after=1,
+        convolutions_before=1,
+        convolutions_after=1,
+        kernel=shape[2:],
+        stride=_numbers(node.args.get("stride")),
+        groups=groups,
+        in_channels=(shape[1] if len(shape) > 1 else 0) * groups,
+        out_channels=shape[0] if shape else 0,
+        macs_before=node_macs(node, specs),
+        macs_after=node_macs(node, specs),
+        parameters_before=_parameters([node], analysis),
+        parameters_after=_parameters([node], analysis),
+    )
+
+
+def _weight_spec(node: Node, specs: dict[str, TensorSpec]) -> TensorSpec | None:
+    names = list(node.refs())
+    return specs.get(names[1]) if len(names) > 1 else None
+
+
+def _numbers(value: object) -> tuple[int, ...]:
+    return tuple(n for n in value if isinstance(n, int)) if isinstance(value, tuple) else ()
+
+
+def _why_kept(
+    node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, Node]
+) -> tuple[str, str]:
+    """The status and the sentence for a convolution that stays as it is."""
+    if node.name not in analysis.linear:
+        return "refused", "its kernel depends on the input, or the convolution is transposed"
+    if node.name in cover.cheaper:
+        kept, fused = cover.cheaper[node.name]
+        return "kept", f"fusing it would raise its cost from {kept:,.0f} to {fused:,.0f}"
+    if node.name in analysis.refusals:
+        return "refused", "; ".join(analysis.refusals[node.name])
+    if any(not usable(form) for form in analysis.forms.get(node.name, {}).values()):
+        return "refused", BORDER_REASON
+    readers = [n for n in nodes.values() if node.name in set(n.refs())]
+    for reader in readers:
+        if reader.name in analysis.linear:
+            if cover.chosen.get(reader.name) is not None:
+                continue
+            reasons = analysis.refusals.get(reader.name)
+            if reasons:
+                return "kept", f"{reader.op.removeprefix('aten.')} after it: {reasons[0]}"
+    after = ", ".join(dict.fromkeys(n.op.removeprefix("aten.") for n in readers)) or "the output"
+    return "kept", f"a single convolution; {after} follows"
+
+
+def _totals(blocks: Sequence[Block], before: Program, after: Program) -> Totals:
+    count = {status: sum(b.status == status for b in blocks) for status in
+             ("fused", "kept", "refused")}
+    return Totals(
+        blocks=len(blocks),
+        fused=count["fused"],
+        kept=count["kept"],
+        refused=count["refused"],
+        convolutions_before=convolution_count(before),
+        convolutions_after=convolution_count(after),
+        operators_before=len(before.nodes),
+        operators_after=len(after.nodes),
+        macs_before=program_macs(before),
+        macs_after=program_macs(after),
+        parameters_before=before.parameter_count,
+        parameters_after=after.parameter_count,
+        bytes_before=before.weight_bytes,
+        bytes_after=after.weight_bytes,
+    )
