@@ -1,0 +1,40 @@
+"""Choosing between ways to run the same program, by measuring them on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+from torch import Tensor
+
+
+def fastest(
+    candidates: Mapping[str, Callable[[Tensor], object]],
+    batches: Sequence[Tensor],
+    *,
+    rounds: int = 3,
+    margin: float = 0.02,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[str, dict[str, float]]:
+    """Name of the fastest candidate, and each one's latency relative to the first candidate's.
+
+    Candidates run in turn, `rounds` times after one warm-up; a candidate's figure is the product of
+    its median latencies over `batches`, so each batch size counts alike. The first candidate is the
+    default: another must beat it by `margin` to be chosen.
+    """
+    scores = dict.fromkeys(candidates, 1.0)
+    for batch in batches:
+        seconds: dict[str, list[float]] = {name: [] for name in candidates}
+        for turn in range(rounds + 1):
+            for name, run in candidates.items():
+                start = clock()
+                run(batch)
+                if turn:
+                    seconds[name].append(clock() - start)
+        for name, samples in seconds.items():
+            scores[name] *= median(samples)
+    default = next(iter(candidates))
+    relative = {n: (s / scores[default]) ** (1 / len(batches)) for n, s in scores.items()}
+    best = min(relative, key=lambda name: relative[name])
+    return (best if relative[best] < 1 - margin else default), relative

@@ -1,0 +1,100 @@
+"""What every backend needs to know about a program's single input and its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from service.errors import BackendFailed
+from service.graph import Program
+from service.serving.backends.base import Precision, Prepared
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """Shape of one input row, and the dtype in which callers send it (floating: float32)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def random(self, batch: int, seed: int = 0) -> Tensor:
+        """A batch [batch, *shape] to warm up and measure with: normal values, or small integers."""
+        random = torch.Generator().manual_seed(seed)
+        shape = (batch, *self.shape)
+        if self.dtype.is_floating_point:
+            return torch.randn(shape, generator=random).to(self.dtype)
+        return torch.randint(0, 2, shape, generator=random).to(self.dtype)
+
+
+def row_spec(program: Program) -> RowSpec:
+    """The rows that `program` takes. Raises BackendFailed unless it can be served row by row."""
+    if len(program.inputs) != 1:
+        raise BackendFailed(
+            f"The program has {len(program.inputs)} inputs; programs with one input are served."
+        )
+    spec = program.inputs[0]
+    if not spec.shape or spec.shape[0] is not None or None in spec.shape[1:]:
+        raise BackendFailed(
+            f"The program's input has shape {spec.shape}; only the leading axis may vary."
+        )
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    shape = tuple(int(size or 0) for size in spec.shape[1:])
+    return RowSpec(shape, torch.float32 if dtype.is_floating_point else dtype)
+
+
+def checked_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes ascending, without repetition. Raises ValueError if there is none to serve with."""
+    sizes = tuple(sorted(set(batch_sizes)))
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"batch sizes are positive and there is at least one, got {batch_sizes}")
+    return sizes
+
+
+def powers_of_two(largest: int) -> tuple[int, ...]:
+    """1, 2, 4, … up to and including `largest`."""
+    return tuple(sorted({1 << power for power in range(largest.bit_length() - 1)} | {1, largest}))
+
+
+def computing_program(
+    program: Program, precision: Precision, layout: torch.memory_format
+) -> Program:
+    """The same program in the type that `precision` computes in, 4-d weights laid out anew."""
+    cast = program.to(dtype_name(precision))
+    return replace(
+        cast,
+        weights={
+            name: tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor
+            for name, tensor in cast.weights.items()
+        },
+    )
+
+
+def dtype_name(precision: Precision) -> str:
+    """The floating-point type that `precision` stores its numbers in."""
+    return "float32" if precision == "tf32" else precision
+
+
+def as_outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs as a tuple; floating-point ones as float32."""
+    outputs = (result,) if isinstance(result, Tensor) else tuple(result)
+    return tuple(o.float() if o.is_floating_point() else o for o in outputs)
+
+
+def warm_up(prepared: Prepared, spec: RowSpec) -> None:
+    """Run every prepared batch size twice, so that no request pays for a first time.
+
+    Raises BackendFailed when the outputs do not have one row for each row of the input.
+    """
+    for size in prepared.batch_sizes:
+        batch = spec.random(size)
+        for _ in range(2):
+            outputs = prepared.run(batch)
+        wrong = [list(o.shape) for o in outputs if o.dim() == 0 or o.shape[0] != size]
+        if wrong:
+            raise BackendFailed(
+                f"For {size} input rows the program answers shapes {wrong}; each output must have "
+                "one row for each input row to be served in batches."
+            )

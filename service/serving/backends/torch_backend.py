@@ -1,0 +1,28 @@
+"""PyTorch as a backend: the reference that every other engine is measured and checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from service.graph import Program
+from service.serving.backends.base import Precision, Prepared
+from service.serving.backends.torch_cpu import TorchCpu
+from service.serving.backends.torch_cuda import TorchCuda
+
+
+class TorchBackend:
+    """Runs programs with PyTorch on `cpu`, `cuda` or `cuda:N`."""
+
+    name = "torch"
+
+    def prepare(
+        self, program: Program, device: str, precision: Precision, batch_sizes: Sequence[int]
+    ) -> Prepared:
+        """Load `program` onto `device`.
+
+        Raises BackendFailed for a program with several inputs, an impossible precision, or a
+        device that is not there.
+        """
+        if device.partition(":")[0] == "cuda":
+            return TorchCuda(program, device, precision, batch_sizes)
+        return TorchCpu(program, precision, batch_sizes)

@@ -1,0 +1,156 @@
+"""PyTorch on a CUDA device: channels-last, one captured graph per prepared batch size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.errors import BackendFailed
+from service.graph import Program, ProgramModule
+from service.serving.backends.base import Description, Precision
+from service.serving.backends.rows import (
+    as_outputs,
+    checked_sizes,
+    computing_program,
+    dtype_name,
+    row_spec,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """One batch size: its graph and the device tensors that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    outputs: tuple[Tensor, ...]
+
+
+class TorchCuda:
+    """A program on one CUDA device.
+
+    Rows go through one pinned buffer to a fixed place on the device; a batch is padded to the next
+    prepared size, whose captured graph is replayed. A program that cannot be captured runs eagerly
+    and says so in `describe().notes`. `float32` means float32: PyTorch's default of TF32 inside
+    convolutions is switched off unless `tf32` was asked for.
+    """
+
+    def __init__(
+        self, program: Program, device: str, precision: Precision, batch_sizes: Sequence[int]
+    ) -> None:
+        if not torch.cuda.is_available():
+            raise BackendFailed("There is no CUDA device here.", remedy="Use the device `cpu`.")
+        self.spec = row_spec(program)
+        self.batch_sizes = checked_sizes(batch_sizes)
+        self._device = torch.device(device)
+        self._precision = precision
+        floating = self.spec.dtype.is_floating_point
+        self._dtype = getattr(torch, dtype_name(precision)) if floating else self.spec.dtype
+        self._layout = torch.channels_last if len(self.spec.shape) == 3 else torch.contiguous_format
+        self._threads = torch.get_num_threads()  # of this thread, which will run it
+        self._notes: tuple[str, ...] = ()
+        computing = computing_program(program, precision, self._layout)
+        self._bytes = computing.weight_bytes
+        self._module: ProgramModule | None = ProgramModule(computing).to(self._device)
+        shape = (self.batch_sizes[-1], *self.spec.shape)
+        self._staging = torch.zeros(shape, dtype=self.spec.dtype, pin_memory=True)
+        self._input = torch.zeros(shape, dtype=self.spec.dtype, device=self._device)
+        self._captured: dict[int, _Captured] = {}
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._capture()
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.spec.dtype
+
+    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Outputs for `batch` [N, *item_shape], N up to the largest prepared size."""
+        if self._module is None:
+            raise BackendFailed("The program was unloaded.")
+        rows = len(batch)
+        size = next(size for size in self.batch_sizes if size >= rows)
+        with torch.inference_mode(), torch.cuda.stream(self._stream), self._arithmetic():
+            self._staging[:rows].copy_(batch)
+            self._input[:rows].copy_(self._staging[:rows], non_blocking=True)
+            if captured := self._captured.get(size):
+                captured.graph.replay()
+                outputs = captured.outputs
+            else:
+                outputs = self._forward(rows)
+            answers = [
+                torch.empty((rows, *o.shape[1:]), dtype=o.dtype, pin_memory=True) for o in outputs
+            ]
+            for answer, output in zip(answers, outputs, strict=True):
+                answer.copy_(output[:rows], non_blocking=True)
+            self._stream.synchronize()
+        return tuple(answers)
+
+    def describe(self) -> Description:
+        return Description(
+            backend="torch",
+            backend_version=str(torch.__version__),
+            device=torch.cuda.get_device_name(self._device),
+            place=str(self._device),
+            precision=self._precision,
+            threads=self._threads,
+            layout=str(self._layout).removeprefix("torch."),
+            batch_sizes=self.batch_sizes,
+            weight_bytes=self._bytes,
+            notes=self._notes,
+        )
+
+    def close(self) -> None:
+        self._module = None
+        self._captured.clear()
+        torch.cuda.empty_cache()
+
+    def _forward(self, rows: int) -> tuple[Tensor, ...]:
+        assert self._module is not None
+        batch = self._input[:rows].to(self._dtype).contiguous(memory_format=self._layout)
+        return as_outputs(self._module(batch))
+
+    def _capture(self) -> None:
+        """Capture a graph per batch size, largest first so that the others fit its memory pool."""
+        pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.inference_mode(), self._arithmetic():
+                for size in reversed(self.batch_sizes):
+                    with torch.cuda.stream(self._stream):
+                        for _ in range(3):  # algorithms are chosen and workspaces made here
+                            self._forward(size)
+                    self._stream.synchronize()
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(
+                        graph,
+                        pool=pool,
+                        stream=self._stream,
+                        capture_error_mode="thread_local",
+                    ):
+                        outputs = self._forward(size)
+                    self._captured[size] = _Captured(graph, outputs)
+        except RuntimeError as error:
+            log.warning("CUDA graph capture failed, the program runs eagerly: %s", error)
+            self._captured.clear()
+            first = str(error).partition("\n")[0]
+            self._notes = (f"runs eagerly: CUDA graph capture failed ({first})",)
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        allow = self._precision == "tf32"
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allow
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allow):
+                yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
