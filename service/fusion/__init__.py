@@ -1,7 +1,20 @@
 """The fusion engine: linear multi-branch regions of any program become single operators, exactly."""
 
 from service.fusion.affine import Rule
+from service.fusion.blocks import block_tensors
+from service.fusion.certificate import Certificate, CertificateLimits, certify
 from service.fusion.engine import Fusion, fuse
 from service.fusion.report import Block, Report, Totals
 
-__all__ = ["Block", "Fusion", "Report", "Rule", "Totals", "fuse"]
+__all__ = [
+    "Block",
+    "Certificate",
+    "CertificateLimits",
+    "Fusion",
+    "Report",
+    "Rule",
+    "Totals",
+    "block_tensors",
+    "certify",
+    "fuse",
+]

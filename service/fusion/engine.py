@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -18,13 +19,15 @@ from service.graph.trace import trace
 class Fusion:
     """The fused program, what was done, and the means to check it.
 
-    `source` is the program that was fused; it is never changed.
+    `source` is the program that was fused; it is never changed. Values keep their names, but those
+    in `renamed`, which turned out to be another value.
     """
 
     source: Program
     program: Program
     report: Report
     regions: tuple[Region, ...]
+    renamed: Mapping[str, str]
     analysis: Analysis
     cover: Cover
 
@@ -50,4 +53,12 @@ def fuse(network: Program | nn.Module, example: tuple[Tensor, ...] | None = None
     chosen = cover(analysis)
     rewritten = rewrite(analysis, chosen, "float32")
     report = make_report(analysis, chosen, rewritten)
-    return Fusion(network, rewritten.program, report, rewritten.regions, analysis, chosen)
+    return Fusion(
+        source=network,
+        program=rewritten.program,
+        report=report,
+        regions=rewritten.regions,
+        renamed=rewritten.renamed,
+        analysis=analysis,
+        cover=chosen,
+    )

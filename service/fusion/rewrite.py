@@ -39,6 +39,7 @@ class Region:
 class Rewritten:
     program: Program
     regions: tuple[Region, ...]
+    renamed: dict[str, str]
 
 
 def rewrite(analysis: Analysis, cover: Cover, dtype: str) -> Rewritten:
@@ -75,7 +76,9 @@ class _Writer:
         outputs = tuple(self._named(name) for name in program.outputs)
         fused = Program(program.inputs, tuple(self.nodes), outputs, self.weights).pruned()
         return Rewritten(
-            fused if self.dtype == "float32" else fused.to(self.dtype), tuple(self.regions)
+            fused if self.dtype == "float32" else fused.to(self.dtype),
+            tuple(self.regions),
+            self.names,
         )
 
     def _named(self, name: str) -> str:

@@ -200,22 +200,26 @@ class Program:
     def extract(self, inputs: Sequence[str], outputs: Sequence[str]) -> Program:
         """The part that computes `outputs` from `inputs`, both names of values.
 
-        Raises InvalidProgram when the part also needs a program input that is not listed.
+        The batch size of a value outside the part is read from the first input instead. Raises
+        InvalidProgram when the part otherwise needs a value that `inputs` does not give.
         """
         specs = self.specs()
         cut = set(inputs)
         return Program(
             inputs=tuple(specs[name] for name in inputs),
-            nodes=tuple(self._between(cut, outputs)),
+            nodes=tuple(self._between(cut, inputs[0], outputs)),
             outputs=tuple(outputs),
             weights={name: t for name, t in self.weights.items() if name not in cut},
         ).pruned()
 
-    def _between(self, cut: set[str], outputs: Iterable[str]) -> Iterator[Node]:
+    def _between(self, cut: set[str], first: str, outputs: Iterable[str]) -> Iterator[Node]:
         needed = set(outputs) - cut
         chosen: list[Node] = []
         for node in reversed(self.nodes):
-            if node.name in needed and node.name not in cut:
-                chosen.append(node)
-                needed.update(set(node.refs()) - cut)
+            if node.name not in needed or node.name in cut:
+                continue
+            if node.op == "aten.sym_size.int" and node.args["dim"] == 0:
+                node = replace(node, args={**node.args, "self": Ref(first)})
+            chosen.append(node)
+            needed.update(set(node.refs()) - cut)
         return reversed(chosen)
