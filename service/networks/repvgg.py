@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from service.networks.base import Geometry, Reparameterizable
 from service.networks.blocks import ConvNorm, SqueezeExcite, activation
 from service.networks.family import Family, Reading, Values
 from service.networks.keys import Keys, ratio, show
+from service.networks.vgg import StagedVGG, read_staged, unless_default
 
 
 class RepVGGBlock(Reparameterizable):
@@ -64,12 +66,9 @@ class RepVGGBlock(Reparameterizable):
         return out
 
 
-class RepVGG(nn.Module):
-    """A stem block and stages of RepVGG blocks, global average pooling and a linear classifier.
+class RepVGG(StagedVGG):
+    """RepVGG: `StagedVGG` of RepVGG blocks, with squeeze-and-excitation where `se_ratio` says so.
 
-    (N, in_channels, H, W) -> (N, num_classes). `widths[i]` and `num_blocks[i]` describe
-    `stage{i+1}`; `strides[i]` is the stride of its first block. `groups` is one number, which then
-    holds for every second layer as in the paper, or one number a layer, stem included.
     `se_ratio` is out_channels / inner channels of squeeze-and-excitation, 0 for none.
     """
 
@@ -86,36 +85,14 @@ class RepVGG(nn.Module):
         num_classes: int = 1000,
         eps: float = 1e-5,
     ) -> None:
-        super().__init__()
-        if isinstance(groups, int):
-            groups = alternate_groups(groups, 1 + sum(num_blocks))
-        strides = strides or [2] * len(num_blocks)
-        channels = stem_width or min(64, widths[0])
-        per_layer = iter(groups)
-
-        def block(inner: int, outer: int, stride: int) -> RepVGGBlock:
+        def block(inner: int, outer: int, stride: int, layer_groups: int) -> RepVGGBlock:
             se = outer // se_ratio if se_ratio else 0
-            return RepVGGBlock(inner, outer, stride=stride, groups=next(per_layer), se=se, eps=eps)
+            return RepVGGBlock(inner, outer, stride=stride, groups=layer_groups, se=se, eps=eps)
 
-        self.stage0 = block(in_channels, channels, stem_stride)
-        self.num_stages = len(num_blocks)
-        for index, (depth, width) in enumerate(zip(num_blocks, widths, strict=True)):
-            stage = nn.ModuleList()
-            for place in range(depth):
-                stage.append(block(channels, width, strides[index] if place == 0 else 1))
-                channels = width
-            self.add_module(f"stage{index + 1}", stage)
-        self.linear = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stage0(x)
-        for index in range(self.num_stages):
-            stage = self.get_submodule(f"stage{index + 1}")
-            for block in stage.children():
-                x = block(x)
-        x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
-        logits: Tensor = self.linear(x)
-        return logits
+        stem = stem_width or min(64, widths[0])
+        super().__init__(
+            block, num_blocks, widths, stem, groups, stem_stride, strides, in_channels, num_classes
+        )
 
 
 class PlusStage(nn.Module):
@@ -175,11 +152,6 @@ class RepVGGplus(nn.Module):
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
         logits: Tensor = self.linear(x)
         return logits
-
-
-def alternate_groups(groups: int, layers: int) -> list[int]:
-    """Groups of each layer when only layers 2, 4, 6, ... are grouped (section 4.1)."""
-    return [groups if layer and layer % 2 == 0 else 1 for layer in range(layers)]
 
 
 def _published(depths: Sequence[int], multipliers: Sequence[float], **more: Any) -> dict[str, Any]:
@@ -242,37 +214,15 @@ def _read_block(keys: Keys, hints: Values) -> Reading:
 
 
 def _read_network(keys: Keys, hints: Values) -> Reading:
-    stages = keys.count("stage") - 1
-    stem = keys.under("stage0.")
-    channels = stem.width()
-    in_channels = stem.shape(*_KERNELS)[1]
-    depths, widths, groups, strides = [], [], [1], []
-    evidence, assumed = [], [_RELU]
-    for index in range(1, stages + 1):
-        stage = keys.under(f"stage{index}.")
-        depth, width = stage.count(""), stage.width()
-        for place in range(depth):
-            kernel = stage.under(f"{place}.").shape(*_KERNELS)
-            groups.append(ratio(width if place else channels, kernel[1]))
-        strides.append(1 if stage.any("0.rbr_identity.") else 2)
-        depths.append(depth)
-        widths.append(width)
-        channels = width
-    values: Values = {"num_blocks": depths, "widths": widths, "in_channels": in_channels}
-    values["stem_width"] = _unless(min(64, widths[0]) if widths else 0, stem.width())
-    values["groups"] = _compact(groups)
-    values["strides"] = _unless([2] * stages, strides)
-    values["stem_stride"] = 1 if stem.any("rbr_identity.") else 2
-    values["num_classes"] = keys.shape("linear.weight", rank=2)[0]
-    if stem.any("se."):
-        values["se_ratio"] = channels_over(keys.under(f"stage{stages}.0."), "se")
-        evidence.append("`se.down` exists: squeeze-and-excitation before the activation.")
-    evidence.append(f"Stages 1 to {stages} hold {depths} blocks of {widths} channels.")
-    evidence.append(f"Input channels over kernel width give the groups: {values['groups']}.")
-    evidence.append(f"`linear.weight` has {values['num_classes']} rows, one a class.")
-    assumed.append("`strides` are 2 in the first block of each stage, unless it has an identity.")
-    assumed.append("`stem_stride` is taken to be 2.")
-    return Reading(values, tuple(evidence), tuple(assumed))
+    reading = read_staged(keys, _KERNELS, "rbr_identity.")
+    stages = len(reading.values["num_blocks"])
+    last = keys.under(f"stage{stages}.0." if stages else "stage0.")
+    ratio_of_se = channels_over(last, "se")
+    if not ratio_of_se:
+        return replace(reading, assumed=(_RELU, *reading.assumed))
+    told = "`se.down` exists: squeeze-and-excitation before the activation."
+    values = {**reading.values, "se_ratio": ratio_of_se}
+    return Reading(values, (*reading.evidence, told), (_RELU, *reading.assumed))
 
 
 def _read_plus(keys: Keys, hints: Values) -> Reading:
@@ -284,7 +234,7 @@ def _read_plus(keys: Keys, hints: Values) -> Reading:
     values: Values = {
         "num_blocks": [depths[0], depths[1], depths[2] + depths[3], depths[4]],
         "widths": widths,
-        "stem_width": _unless(min(64, widths[0]), stem.width()),
+        "stem_width": unless_default(min(64, widths[0]), stem.width()),
         "post_se_ratio": channels_over(stages[4].under("0."), "post_se"),
         "in_channels": stem.shape(*_KERNELS)[1],
         "num_classes": keys.shape("linear.weight", rank=2)[0],
@@ -303,16 +253,6 @@ def channels_over(block: Keys, gate: str) -> int:
         return 0
     inner, outer, *_ = block.shape(f"{gate}.down.weight")
     return outer // inner
-
-
-def _compact(groups: list[int]) -> int | list[int]:
-    largest = max(groups)
-    return largest if groups == alternate_groups(largest, len(groups)) else groups
-
-
-def _unless(default: Any, value: Any) -> Any:
-    """None, the constructor's way to say "as published", where `value` is the default."""
-    return None if value == default else value
 
 
 _BRANCH = r"rbr_(dense\.(conv|bn)|1x1\.(conv|bn)|identity|reparam)\."

@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from service.networks.base import Geometry
 from service.networks.family import Family, Reading, Values
 from service.networks.keys import Keys, ratio
-from service.networks.units import UNITS, Unit, UnitKind
+from service.networks.units import UNITS, Unit, UnitKind, plain_unit
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 units and a shortcut, then ReLU."""
 
-    expansion = 1
-
     def __init__(self, unit: Unit, in_channels: int, planes: int, stride: int, groups: int) -> None:
         super().__init__()
-        self.shortcut = _shortcut(unit, in_channels, planes, stride)
+        # The OREPA repository leaves this shortcut plain; elsewhere a 1x1 unit is plain anyway.
+        self.shortcut = _shortcut(plain_unit, in_channels, planes, stride)
         self.conv1 = unit(Geometry(in_channels, planes, 3, stride, 1, groups=groups), "relu")
         self.conv2 = unit(Geometry(planes, planes, 3, 1, 1, groups=groups), None)
 
@@ -33,13 +32,22 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which may be strided) and 1x1 units and a shortcut, then ReLU."""
+    """1x1, 3x3 (which may be strided) and 1x1 units and a shortcut, then ReLU.
 
-    expansion = 4
+    It ends `expansion` times as wide as it is inside: 4 in ResNet, 2 in ResNeXt-50 32x4d.
+    """
 
-    def __init__(self, unit: Unit, in_channels: int, planes: int, stride: int, groups: int) -> None:
+    def __init__(
+        self,
+        unit: Unit,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        groups: int,
+        expansion: int,
+    ) -> None:
         super().__init__()
-        outer = planes * self.expansion
+        outer = planes * expansion
         self.shortcut = _shortcut(unit, in_channels, outer, stride)
         self.conv1 = unit(Geometry(in_channels, planes, 1), "relu")
         self.conv2 = unit(Geometry(planes, planes, 3, stride, 1, groups=groups), "relu")
@@ -55,18 +63,13 @@ def _shortcut(unit: Unit, in_channels: int, out_channels: int, stride: int) -> n
     return unit(Geometry(in_channels, out_channels, 1, stride), None)
 
 
-BLOCKS: Mapping[str, type[BasicBlock] | type[Bottleneck]] = {
-    "basic": BasicBlock,
-    "bottleneck": Bottleneck,
-}
-
-
 class ResNet(nn.Module):
     """A ResNet whose convolutions are units of one kind.
 
     (N, in_channels, H, W) -> (N, num_classes). `unit` is a key of UNITS, `block` is "basic" or
     "bottleneck". `planes[i]` is the inner width of `stage{i+1}` and `strides[i]` the stride of its
-    first block. Small images want `stem_kernel=3, stem_stride=1, stem_pool=False`.
+    first block; `expansion` widens bottlenecks. Small images want `stem_kernel=3,
+    stem_stride=1, stem_pool=False`.
     """
 
     def __init__(
@@ -81,12 +84,15 @@ class ResNet(nn.Module):
         stem_stride: int = 2,
         stem_pool: bool = True,
         groups: int = 1,
+        expansion: int = 4,
         in_channels: int = 3,
         num_classes: int = 1000,
     ) -> None:
         super().__init__()
         make = UNITS[unit].make
-        kind = BLOCKS[block]
+        if block not in ("basic", "bottleneck"):
+            raise ValueError(f"block must be basic or bottleneck, not {block!r}")
+        basic = block == "basic"
         strides = strides or [1] + [2] * (len(num_blocks) - 1)
         stem = Geometry(in_channels, stem_width, stem_kernel, stem_stride, stem_kernel // 2)
         self.stage0 = nn.Sequential()
@@ -99,8 +105,11 @@ class ResNet(nn.Module):
             stage = nn.Sequential()
             for place in range(depth):
                 stride = strides[index] if place == 0 else 1
-                stage.append(kind(make, channels, width, stride, groups))
-                channels = width * kind.expansion
+                if basic:
+                    stage.append(BasicBlock(make, channels, width, stride, groups))
+                else:
+                    stage.append(Bottleneck(make, channels, width, stride, groups, expansion))
+                channels = width if basic else width * expansion
             self.add_module(f"stage{index + 1}", stage)
         self.linear = nn.Linear(channels, num_classes)
 
@@ -117,14 +126,23 @@ DEPTHS: Mapping[str, dict[str, Any]] = {
     "ResNet-34": {"block": "basic", "num_blocks": [3, 4, 6, 3]},
     "ResNet-50": {"block": "bottleneck", "num_blocks": [3, 4, 6, 3]},
     "ResNet-101": {"block": "bottleneck", "num_blocks": [3, 4, 23, 3]},
+    "ResNeXt-50": {
+        "block": "bottleneck",
+        "num_blocks": [3, 4, 6, 3],
+        "planes": [128, 256, 512, 1024],
+        "groups": 32,
+        "expansion": 2,
+    },
 }
-"""The published depths (He et al., CVPR 2016, table 1)."""
+"""The published networks (He et al., CVPR 2016, table 1; Xie et al., CVPR 2017, table 1)."""
 
 
 def _read(kind: UnitKind, keys: Keys, hints: Values) -> Reading:
     stages = keys.count("stage") - 1
     stem = keys.under("stage0.conv1.")
     width, in_channels, kernel, _ = stem.shape(*kind.kernels)
+    if stem.any("weight0."):
+        kernel = 2 * stem.count("weight") + 1  # composed of 3x3 kernels
     bottleneck = keys.any("stage1.0.conv3.")
     depths, planes, strides = [], [], []
     for index in range(1, stages + 1):
@@ -133,6 +151,7 @@ def _read(kind: UnitKind, keys: Keys, hints: Values) -> Reading:
         planes.append(stage.under("0.conv1.").width())
         strides.append(2 if index > 1 and stage.any("0.shortcut.") else 1)
     inner = keys.under("stage1.0.conv2.").shape(*kind.kernels)[1]
+    outer = keys.under("stage1.0.conv3.").width() if bottleneck else 0
     values: Values = {
         "block": "bottleneck" if bottleneck else "basic",
         "num_blocks": depths,
@@ -143,6 +162,7 @@ def _read(kind: UnitKind, keys: Keys, hints: Values) -> Reading:
         "stem_stride": 2 if kernel >= 7 else 1,
         "stem_pool": kernel >= 7,
         "groups": ratio(planes[0], inner) if planes else 1,
+        "expansion": ratio(outer, planes[0]) if bottleneck and planes else 4,
         "in_channels": in_channels,
         "num_classes": keys.shape("linear.weight", rank=2)[0],
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from service.networks import dbb, mobilenet, repvgg, resnet
+from service.networks import acb, dbb, mobilenet, orepa_keys, repvgg, resnet, unit_vgg
 from service.networks.family import Family
 
 FAMILIES: tuple[Family, ...] = (
+    *unit_vgg.ROWS,
+    *orepa_keys.ROWS,
     *repvgg.ROWS,
     *dbb.ROWS,
+    *acb.ROWS,
     *resnet.ROWS,
     *mobilenet.ROWS,
 )

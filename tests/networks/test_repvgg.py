@@ -19,7 +19,8 @@ from service.networks import (
     deploy_skeleton,
     recognise,
 )
-from service.networks.repvgg import REPVGG, alternate_groups
+from service.networks.repvgg import REPVGG
+from service.networks.vgg import alternate_groups
 from tests.networks import cases
 
 NAMES = {
