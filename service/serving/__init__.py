@@ -1,9 +1,20 @@
 """Serving: execution backends, the batcher, and the set of loaded models."""
 
-from service.serving.backends import Backend, Description, Precision, Prepared
+from service.serving.backends import (
+    Backend,
+    Description,
+    Precision,
+    Prepared,
+    RowSpec,
+    backend_named,
+    backend_names,
+    powers_of_two,
+)
 from service.serving.batcher import Batcher, BatcherStats, BatchLimits
 from service.serving.device import DeviceThread, available_cpus
+from service.serving.models import ModelSet, ModelSetLimits
 from service.serving.request import Result, Timing
+from service.serving.runner import Form, LoadedModel, LoadOptions, ModelKey
 
 __all__ = [
     "Backend",
@@ -12,9 +23,19 @@ __all__ = [
     "BatcherStats",
     "Description",
     "DeviceThread",
+    "Form",
+    "LoadOptions",
+    "LoadedModel",
+    "ModelKey",
+    "ModelSet",
+    "ModelSetLimits",
     "Precision",
     "Prepared",
     "Result",
+    "RowSpec",
     "Timing",
     "available_cpus",
+    "backend_named",
+    "backend_names",
+    "powers_of_two",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Doubler:
         self.started = threading.Event()
         self.runs: list[list[float]] = []
         self.threads: set[str] = set()
+        self.warmed = False
         self.closed = False
         self._pause = pause
         self._mix_rows = mix_rows
@@ -51,6 +52,10 @@ class Doubler:
         if self._mix_rows:  # the fault that the identity checks must notice
             batch = batch.flip(0)
         return batch * 2, batch.sum(1)
+
+    def warm(self) -> Iterator[None]:
+        self.warmed = True
+        yield
 
     def describe(self) -> Description:
         return Description(

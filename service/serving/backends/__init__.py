@@ -1,5 +1,16 @@
 """Ways to execute a program: one small interface, several engines behind it."""
 
 from service.serving.backends.base import Backend, Description, Precision, Prepared
+from service.serving.backends.registry import backend_named, backend_names
+from service.serving.backends.rows import RowSpec, powers_of_two
 
-__all__ = ["Backend", "Description", "Precision", "Prepared"]
+__all__ = [
+    "Backend",
+    "Description",
+    "Precision",
+    "Prepared",
+    "RowSpec",
+    "backend_named",
+    "backend_names",
+    "powers_of_two",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -55,6 +55,14 @@ class Prepared(Protocol):
     @property
     def batch_sizes(self) -> tuple[int, ...]: ...
 
+    def warm(self) -> Iterator[None]:
+        """Make it ready, in steps short enough that other programs can run in between.
+
+        Chooses what has to be measured and runs every prepared size, so that no request pays for a
+        first time. Raises BackendFailed when the outputs do not have one row for each input row.
+        """
+        ...
+
     def run(self, batch: Tensor) -> tuple[Tensor, ...]:
         """Outputs of `batch` [N, *item_shape] on the CPU, each [N, ...] float32 if floating.
 
@@ -78,7 +86,7 @@ class Backend(Protocol):
     def prepare(
         self, program: Program, device: str, precision: Precision, batch_sizes: Sequence[int]
     ) -> Prepared:
-        """Load `program` onto `device`, ready for up to `max(batch_sizes)` rows at once.
+        """Load `program` onto `device` for up to `max(batch_sizes)` rows at once; not yet warm.
 
         Raises BackendFailed when the program, the device or the precision is not possible here.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from statistics import median
 
 from torch import Tensor
@@ -16,9 +16,10 @@ def fastest(
     rounds: int = 3,
     margin: float = 0.02,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[str, dict[str, float]]:
+) -> Generator[None, None, tuple[str, dict[str, float]]]:
     """Name of the fastest candidate, and each one's latency relative to the first candidate's.
 
+    A generator that gives way after every run and returns that pair.
     Candidates run in turn, `rounds` times after one warm-up; a candidate's figure is the product of
     its median latencies over `batches`, so each batch size counts alike. The first candidate is the
     default: another must beat it by `margin` to be chosen.
@@ -32,6 +33,7 @@ def fastest(
                 run(batch)
                 if turn:
                     seconds[name].append(clock() - start)
+                yield
         for name, samples in seconds.items():
             scores[name] *= median(samples)
     default = next(iter(candidates))

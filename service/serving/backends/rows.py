@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,8 +83,16 @@ def as_outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(o.float() if o.is_floating_point() else o for o in outputs)
 
 
-def warm_up(prepared: Prepared, spec: RowSpec) -> None:
-    """Run every prepared batch size twice, so that no request pays for a first time.
+def padded_size(batch_sizes: Sequence[int], rows: int) -> int:
+    """The smallest prepared size that holds `rows`. Raises BackendFailed if there is none."""
+    for size in batch_sizes:
+        if size >= rows:
+            return size
+    raise BackendFailed(f"{rows} rows were given at once; {batch_sizes[-1]} are prepared for.")
+
+
+def warm_up(prepared: Prepared, spec: RowSpec) -> Iterator[None]:
+    """Run every prepared batch size twice, giving way after each run.
 
     Raises BackendFailed when the outputs do not have one row for each row of the input.
     """
@@ -92,6 +100,7 @@ def warm_up(prepared: Prepared, spec: RowSpec) -> None:
         batch = spec.random(size)
         for _ in range(2):
             outputs = prepared.run(batch)
+            yield
         wrong = [list(o.shape) for o in outputs if o.dim() == 0 or o.shape[0] != size]
         if wrong:
             raise BackendFailed(

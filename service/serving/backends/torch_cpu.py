@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from service.serving.backends.rows import (
     checked_sizes,
     computing_program,
     row_spec,
+    warm_up,
 )
 
 # Channels-last gained nothing on one row and up to 1.3 times on 32 where it was tried, and lost on
@@ -50,9 +51,7 @@ class TorchCpu:
         planar = computing_program(program, precision, torch.contiguous_format)
         self._bytes = planar.weight_bytes
         self._module: ProgramModule | None = ProgramModule(planar)
-        if len(self.spec.shape) == 3:
-            last = computing_program(program, precision, torch.channels_last)
-            self._choose_layout(self._module, ProgramModule(last))
+        self._undecided: Program | None = program if len(self.spec.shape) == 3 else None
 
     @property
     def item_shape(self) -> tuple[int, ...]:
@@ -61,6 +60,13 @@ class TorchCpu:
     @property
     def dtype(self) -> torch.dtype:
         return self.spec.dtype
+
+    def warm(self) -> Iterator[None]:
+        """Choose the memory format, then run every prepared size."""
+        if self._undecided is not None and self._module is not None:
+            yield from self._choose_layout(self._module, self._undecided)
+            self._undecided = None
+        yield from warm_up(self, self.spec)
 
     def run(self, batch: Tensor) -> tuple[Tensor, ...]:
         """Outputs for `batch` [N, *item_shape], N up to the largest prepared size."""
@@ -94,7 +100,8 @@ class TorchCpu:
                 rows = rows.contiguous(memory_format=layout)
             return as_outputs(module(rows))
 
-    def _choose_layout(self, planar: ProgramModule, last: ProgramModule) -> None:
+    def _choose_layout(self, planar: ProgramModule, program: Program) -> Iterator[None]:
+        last = ProgramModule(computing_program(program, self._precision, torch.channels_last))
         candidates = {
             "contiguous": lambda batch: self._run(batch, planar, torch.contiguous_format),
             "channels_last": lambda batch: self._run(batch, last, torch.channels_last),
@@ -102,7 +109,7 @@ class TorchCpu:
         sizes = sorted({1, min(MEASURED_ROWS, self.batch_sizes[-1])})
         batches = [self.spec.random(size) for size in sizes]
         try:
-            name, relative = fastest(candidates, batches)
+            name, relative = yield from fastest(candidates, batches)
         except RuntimeError as error:  # a reshape that is only possible in one memory format
             self._notes = (f"channels-last is not possible: {error}",)
             return

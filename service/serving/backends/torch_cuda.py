@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from service.serving.backends.rows import (
     checked_sizes,
     computing_program,
     dtype_name,
+    padded_size,
     row_spec,
+    warm_up,
 )
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,6 @@ class TorchCuda:
         self._input = torch.zeros(shape, dtype=self.spec.dtype, device=self._device)
         self._captured: dict[int, _Captured] = {}
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._capture()
 
     @property
     def item_shape(self) -> tuple[int, ...]:
@@ -73,12 +75,17 @@ class TorchCuda:
     def dtype(self) -> torch.dtype:
         return self.spec.dtype
 
+    def warm(self) -> Iterator[None]:
+        """Capture a graph per prepared size, then run every one of them."""
+        yield from self._capture()
+        yield from warm_up(self, self.spec)
+
     def run(self, batch: Tensor) -> tuple[Tensor, ...]:
         """Outputs for `batch` [N, *item_shape], N up to the largest prepared size."""
         if self._module is None:
             raise BackendFailed("The program was unloaded.")
         rows = len(batch)
-        size = next(size for size in self.batch_sizes if size >= rows)
+        size = padded_size(self.batch_sizes, rows)
         with torch.inference_mode(), torch.cuda.stream(self._stream), self._arithmetic():
             self._staging[:rows].copy_(batch)
             self._input[:rows].copy_(self._staging[:rows], non_blocking=True)
@@ -119,30 +126,31 @@ class TorchCuda:
         batch = self._input[:rows].to(self._dtype).contiguous(memory_format=self._layout)
         return as_outputs(self._module(batch))
 
-    def _capture(self) -> None:
-        """Capture a graph per batch size, largest first so that the others fit its memory pool."""
+    def _capture(self) -> Iterator[None]:
         pool = torch.cuda.graph_pool_handle()
-        try:
-            with torch.inference_mode(), self._arithmetic():
-                for size in reversed(self.batch_sizes):
-                    with torch.cuda.stream(self._stream):
-                        for _ in range(3):  # algorithms are chosen and workspaces made here
-                            self._forward(size)
-                    self._stream.synchronize()
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(
-                        graph,
-                        pool=pool,
-                        stream=self._stream,
-                        capture_error_mode="thread_local",
-                    ):
-                        outputs = self._forward(size)
-                    self._captured[size] = _Captured(graph, outputs)
-        except RuntimeError as error:
-            log.warning("CUDA graph capture failed, the program runs eagerly: %s", error)
-            self._captured.clear()
-            first = str(error).partition("\n")[0]
-            self._notes = (f"runs eagerly: CUDA graph capture failed ({first})",)
+        for size in reversed(self.batch_sizes):  # the largest first, so that the pool fits the rest
+            try:
+                self._captured[size] = self._captured_graph(size, pool)
+            except RuntimeError as error:
+                log.warning("CUDA graph capture failed, the program runs eagerly: %s", error)
+                self._captured.clear()
+                first = str(error).partition("\n")[0]
+                self._notes = (f"runs eagerly: CUDA graph capture failed ({first})",)
+                return
+            yield
+
+    def _captured_graph(self, size: int, pool: Any) -> _Captured:
+        with torch.inference_mode(), self._arithmetic():
+            with torch.cuda.stream(self._stream):
+                for _ in range(3):  # algorithms are chosen and workspaces made here
+                    self._forward(size)
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                outputs = self._forward(size)
+        return _Captured(graph, outputs)
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from service.errors import BackendFailed
 from service.graph import Program, trace
 from service.serving import Precision, Prepared
-from service.serving.backends.rows import powers_of_two, row_spec, warm_up
+from service.serving.backends.rows import padded_size, powers_of_two, row_spec, warm_up
 from service.serving.backends.torch_backend import TorchBackend
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -58,7 +58,9 @@ def program(module: nn.Module) -> Program:
 
 
 def _prepare(program: Program, place: str, precision: Precision = "float32") -> Prepared:
-    return TorchBackend().prepare(program, place, precision, (4, 1, 2))
+    prepared = TorchBackend().prepare(program, place, precision, (4, 1, 2))
+    list(prepared.warm())
+    return prepared
 
 
 def _truth(module: nn.Module, batch: Tensor) -> Tensor:
@@ -152,9 +154,8 @@ def test_programs_that_cannot_be_served_row_by_row_are_refused() -> None:
     with pytest.raises(BackendFailed, match="2 inputs"):
         _prepare(pair, "cpu")
     total = trace(Total().eval(), (torch.zeros(1, 3),))
-    prepared = _prepare(total, "cpu")
     with pytest.raises(BackendFailed, match="one row for each input row"):
-        warm_up(prepared, row_spec(total))
+        _prepare(total, "cpu")
 
 
 def test_warm_up_runs_every_prepared_size(program: Program) -> None:
@@ -167,7 +168,7 @@ def test_warm_up_runs_every_prepared_size(program: Program) -> None:
         return run(batch)
 
     prepared.run = counting  # type: ignore[method-assign]
-    warm_up(prepared, row_spec(program))
+    assert len(list(warm_up(prepared, row_spec(program)))) == 6
     assert sizes == [1, 1, 2, 2, 4, 4]
 
 
@@ -191,6 +192,12 @@ def test_integer_rows_stay_integers() -> None:
     prepared = _prepare(program, "cpu", "bfloat16")
     assert prepared.dtype == torch.int64
     assert prepared.run(torch.tensor([[2, 3]]))[0].tolist() == [[1.0, 6.0]]
+
+
+def test_padding_takes_the_next_prepared_size() -> None:
+    assert [padded_size((1, 4, 8), rows) for rows in (1, 2, 4, 5, 8)] == [1, 4, 4, 8, 8]
+    with pytest.raises(BackendFailed, match="9 rows were given at once"):
+        padded_size((1, 4, 8), 9)
 
 
 @pytest.mark.parametrize(

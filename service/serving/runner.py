@@ -1,0 +1,161 @@
+"""A program that serves: prepared, warm, with its batcher, on its device."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeVar
+
+import torch
+
+from service.errors import NotLoaded
+from service.graph import Program
+from service.serving.backends import Description, Precision, Prepared, backend_named, powers_of_two
+from service.serving.batcher import Batcher, BatcherStats, BatchLimits
+from service.serving.device import DeviceThread
+
+T = TypeVar("T")
+_END = object()
+Form = Literal["deploy", "train"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a version.
+
+    `device`: `cpu`, `cuda`, `cuda:N`, or `auto` for a CUDA device if there is one. `backend`: one
+    of `backend_names()`. `precision`: what it computes in. `max_batch` (rows, default 32): the
+    largest batch; powers of two up to it are prepared.
+    """
+
+    device: str = "auto"
+    backend: str = "torch"
+    precision: Precision = "float32"
+    max_batch: int = 32
+
+    @property
+    def place(self) -> str:
+        """The device as a torch device string with its index, so that one device has one name."""
+        if self.device == "auto":
+            return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return "cuda:0" if self.device == "cuda" else self.device
+
+
+@dataclass(frozen=True)
+class ModelKey:
+    """One program among those loaded."""
+
+    model: str
+    version: int
+    form: Form = "deploy"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What is known about a loaded program; `idle_seconds` since its last request."""
+
+    key: ModelKey
+    description: Description
+    stats: BatcherStats
+    load_seconds: float
+    idle_seconds: float
+
+
+class Runner:
+    """One loaded program. `pins` counts those who need it to stay loaded."""
+
+    def __init__(
+        self,
+        key: ModelKey,
+        prepared: Prepared,
+        device: DeviceThread,
+        limits: BatchLimits,
+        load_seconds: float,
+    ) -> None:
+        self.key = key
+        self.prepared = prepared
+        self.device = device
+        self.batcher = Batcher(prepared, device, limits)
+        self.description = prepared.describe()
+        self.load_seconds = load_seconds
+        self.last_used = time.monotonic()
+        self.pins = 0
+
+    @property
+    def idle_seconds(self) -> float:
+        return time.monotonic() - self.last_used
+
+    def touch(self) -> None:
+        """Somebody used it."""
+        self.last_used = time.monotonic()
+
+    def loaded(self) -> LoadedModel:
+        return LoadedModel(
+            self.key,
+            self.description,
+            self.batcher.stats(),
+            self.load_seconds,
+            self.idle_seconds,
+        )
+
+    async def close(self) -> None:
+        """Answer what waits, then give the memory back."""
+        await self.batcher.close()
+        await self.device.call(self.prepared.close)
+
+
+async def start_runner(
+    key: ModelKey,
+    read: Callable[[], Program],
+    options: LoadOptions,
+    device: DeviceThread,
+    limits: BatchLimits,
+) -> Runner:
+    """Read a program off the loop, prepare it on its device and warm it, step by step.
+
+    The device serves other programs between the steps. Raises what `read` raises, and
+    BackendFailed when the program cannot run as `options` ask.
+    """
+    started = time.monotonic()
+    backend = backend_named(options.backend)
+    program = await asyncio.to_thread(read)
+    prepare: Callable[[], Prepared] = partial(
+        backend.prepare,
+        program,
+        device.device,
+        options.precision,
+        powers_of_two(options.max_batch),
+    )
+    prepared = await device.call(prepare)
+    try:
+        await run_steps(device, prepared.warm())
+    except BaseException:
+        with contextlib.suppress(NotLoaded):
+            device.post(prepared.close)
+        raise
+    return Runner(key, prepared, device, limits, time.monotonic() - started)
+
+
+async def run_steps(device: DeviceThread, steps: Iterator[None]) -> None:
+    """Run a generator on the device thread, one step per job, so that others get their turns."""
+
+    def advance() -> bool:
+        return next(steps, _END) is not _END
+
+    while await device.call(advance):
+        pass
+
+
+async def run_steps_for(device: DeviceThread, steps: Generator[None, None, T]) -> T:
+    """`run_steps`, returning what the generator returns."""
+    result: list[T] = []
+
+    def whole() -> Iterator[None]:
+        result.append((yield from steps))
+
+    await run_steps(device, whole())
+    return result[0]
