@@ -1,4 +1,4 @@
-"""The fusion engine: linear multi-branch regions of any program become single operators, exactly."""
+"""The fusion engine: linear multi-branch regions of a program become single operators."""
 
 from service.fusion.affine import Rule
 from service.fusion.blocks import block_tensors

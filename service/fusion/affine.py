@@ -255,9 +255,7 @@ def convolve(
         groups=common,
         kernel=kernel_size,
         stride=tuple(a * b for a, b in zip(stride, inner.stride, strict=True)),
-        offset=tuple(
-            b * s + p for b, s, p in zip(before, inner.stride, inner.offset, strict=True)
-        ),
+        offset=tuple(b * s + p for b, s, p in zip(before, inner.stride, inner.offset, strict=True)),
         dilation=new_dilation,
         in_size=inner.in_size,
         out_size=out_size,
@@ -331,9 +329,7 @@ def _aligned(ga: Geometry, gb: Geometry) -> tuple[Geometry, Placement, Placement
 
     def place(own: Geometry) -> Placement:
         before = [p - o for p, o in zip(offset, own.offset, strict=True)]
-        return lambda kernel: kernels.embedded(
-            kernels.dilated(kernel, own.dilation), before, size
-        )
+        return lambda kernel: kernels.embedded(kernels.dilated(kernel, own.dilation), before, size)
 
     return geometry, place(ga), place(gb)
 
@@ -375,7 +371,7 @@ def concatenate(forms: Sequence[Form]) -> Form:
 
 
 def slice_channels(form: Form, start: int, stop: int) -> Form:
-    """Output channels `start … stop - 1`, written with one group unless the slice is all of them."""
+    """Output channels `start … stop - 1`, with one group unless the slice is all of them."""
     inner = form.geometry
     if (start, stop) == (0, inner.out_channels):
         return form
@@ -399,13 +395,9 @@ def pad(form: Form, padding: Sequence[tuple[int, int]], value: float) -> Form:
     geometry = replace(
         inner,
         offset=tuple(p + b * s for p, b, s in zip(inner.offset, before, inner.stride, strict=True)),
-        out_size=tuple(
-            n + b + a for n, b, a in zip(inner.out_size, before, after, strict=True)
-        ),
+        out_size=tuple(n + b + a for n, b, a in zip(inner.out_size, before, after, strict=True)),
     )
-    return form.joined(
-        geometry, form.kernel, form.bias.padded(before, after, value), Rule.PADDING
-    )
+    return form.joined(geometry, form.kernel, form.bias.padded(before, after, value), Rule.PADDING)
 
 
 def overwrite(form: Form, axis: int, start: int, stop: int, values: Tensor) -> Form:
@@ -435,6 +427,4 @@ def overwrite(form: Form, axis: int, start: int, stop: int, values: Tensor) -> F
     shift = 0 if start == 0 or stored.shape[axis + 1] == size else stored.shape[axis + 1] - size
     index[axis + 1] = slice(start + shift, stop + shift)
     stored[tuple(index)] = values
-    return form.joined(
-        geometry, form.kernel, replace(wide, values=stored).trimmed(), Rule.BORDER
-    )
+    return form.joined(geometry, form.kernel, replace(wide, values=stored).trimmed(), Rule.BORDER)

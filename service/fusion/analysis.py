@@ -9,7 +9,7 @@ from service.fusion import affine
 from service.fusion.affine import Form, Inexact, Layout
 from service.fusion.constants import Constants
 from service.fusion.rules import JOIN, UNARY, Call, layout_of
-from service.graph.program import Node, Program, TensorSpec
+from service.graph.program import Program, TensorSpec
 
 MAX_ROOTS = 8
 """Forms kept for one value, nearest roots first. A chain of linear layers longer than this is fused
@@ -22,8 +22,8 @@ Key = tuple[str, Layout]
 class Analysis:
     """What `analyse` found, by value name.
 
-    `forms[v]` are v's forms by root and layout; `linear` are the nodes that are linear in their data
-    operands; `refusals[v]` says why a linear node has no form of a root that an operand has.
+    `forms[v]` are v's forms by root and layout; `linear` are the nodes that are linear in what they
+    read; `refusals[v]` says why a linear node has no form of a root that an operand has.
     """
 
     program: Program
@@ -118,9 +118,7 @@ def _bases(name: str, call: Call, forms: dict[str, dict[Key, Form]]) -> Iterator
             yield form
 
 
-def _form_of(
-    name: str, key: Key, call: Call, forms: dict[str, dict[Key, Form]]
-) -> Form | None:
+def _form_of(name: str, key: Key, call: Call, forms: dict[str, dict[Key, Form]]) -> Form | None:
     root, layout = key
     if name == root:
         return _itself(name, layout, call.specs[name].shape)
@@ -136,4 +134,3 @@ def _itself(name: str, layout: Layout, shape: tuple[int | None, ...]) -> Form | 
     if channels is None or len(known) != len(size):
         return None
     return affine.identity(name, layout, channels, known)
-

@@ -62,4 +62,3 @@ def block_form(analysis: Analysis, block: str, excluded: tuple[str, ...] = ()) -
 
 def _within(source: str, path: str) -> bool:
     return not path or source == path or source.startswith(f"{path}.")
-

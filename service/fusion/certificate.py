@@ -183,7 +183,7 @@ def check_ends(
 
 
 def make_probe(spec: TensorSpec, rows: int, seed: int) -> Tensor:
-    """A random float64 input `[rows, …]` that reaches every border: off-centre, rows unlike in scale.
+    """A random float64 input `[rows, …]`, dense up to the borders; rows differ in scale.
 
     The mean is not zero, so that a lost bias or padding shows; integer inputs count from zero.
     """
@@ -197,7 +197,7 @@ def make_probe(spec: TensorSpec, rows: int, seed: int) -> Tensor:
 
 
 def _deviation(old: Sequence[Tensor], new: Sequence[Tensor]) -> float:
-    """Largest absolute difference over the root mean square of the old output; inf if not finite."""
+    """Largest absolute difference over the old output's root mean square; inf if not finite."""
     difference = float((old[0] - new[0]).abs().amax())
     ratio = difference / max(_rms(old[0]), 1e-300)
     return ratio if ratio == ratio else float("inf")

@@ -91,5 +91,3 @@ class Constants(Mapping[str, Tensor]):
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-

@@ -17,12 +17,12 @@ MACS_PER_ELEMENT = 16
 """Weight of moving one element, in multiply-accumulates."""
 
 _FREE = frozenset(
-    f"aten.{name}"
-    for name in (
-        "view reshape _unsafe_view flatten.using_ints unsqueeze squeeze.dim squeeze.dims alias "
-        "detach contiguous dropout expand slice.Tensor select.int narrow transpose.int permute "
-        "t unflatten.int view_as clone sym_size.int lift_fresh_copy movedim.int"
-    ).split()
+    """
+    aten.view aten.reshape aten._unsafe_view aten.flatten.using_ints aten.unflatten.int aten.view_as
+    aten.unsqueeze aten.squeeze.dim aten.squeeze.dims aten.expand aten.slice.Tensor aten.select.int
+    aten.narrow aten.transpose.int aten.permute aten.t aten.movedim.int aten.alias aten.detach
+    aten.contiguous aten.clone aten.lift_fresh_copy aten.dropout aten.sym_size.int
+    """.split()
 )
 """Operators that return a view; `clone` is one after functionalisation removed what needed it."""
 

@@ -2,8 +2,8 @@
 
 Values read by non-linear operators, and outputs, must exist. Each linear value can be computed by
 its own operator from its operands, or by one fused operator from the root of any of its forms. The
-choice is a covering problem as in technology mapping; a value that several operators read has its
-cost shared among them, and the result is compared with a cover that never looks through such values.
+choice is a covering problem as in technology mapping. A value that several operators read has its
+cost shared among them; the result is compared with a cover that never looks through such values.
 """
 
 from __future__ import annotations
@@ -133,4 +133,3 @@ class _Covering:
                 total += cost_of(form, self.analysis)
         lost = {name: costs for name, costs in self.lost.items() if name in chosen}
         return Cover(dict(reversed(chosen.items())), total, lost)
-

@@ -44,11 +44,11 @@ class Field:
     @property
     def interior(self) -> Tensor:
         """The interior value of every channel, `[C]`; the central position where all are stored."""
-        index = tuple(
+        index: tuple[int, ...] = tuple(
             low if m == low + 1 + high else m // 2
             for m, low, high in zip(self.values.shape[1:], self.low, self.high, strict=True)
         )
-        return self.values[(slice(None), *index)]
+        return self.values.movedim(0, -1)[index]
 
     def is_constant(self) -> bool:
         """Whether border and interior agree up to float64 rounding."""
@@ -112,9 +112,7 @@ class Field:
         values = F.pad(wide.values, pads, value=value) if pads else wide.values
         low = tuple(max(0, lo + n) for lo, n in zip(wide.low, before, strict=True))
         high = tuple(max(0, hi + n) for hi, n in zip(wide.high, after, strict=True))
-        size = tuple(
-            n + lo + hi for n, lo, hi in zip(self.size, before, after, strict=True)
-        )
+        size = tuple(n + lo + hi for n, lo, hi in zip(self.size, before, after, strict=True))
         return Field(values, low, high, size).trimmed()
 
     def convolved(
@@ -164,8 +162,11 @@ class Field:
     def _virtual(self, axis: int, extent: int, stride: int, padding: tuple[int, int]) -> int:
         """A map size with the same border behaviour as the true one, and as small as can be."""
         enough = (
-            self.low[axis] + self.high[axis] + 2 * (extent + abs(padding[0]) + abs(padding[1]))
-            + 2 * stride + 1
+            self.low[axis]
+            + self.high[axis]
+            + 2 * (extent + abs(padding[0]) + abs(padding[1]))
+            + 2 * stride
+            + 1
         )
         true = self.size[axis]
         if self.values.shape[axis + 1] == true or enough >= true:

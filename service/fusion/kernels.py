@@ -47,7 +47,8 @@ def dilated(kernel: Tensor, dilation: Sequence[int]) -> Tensor:
         return kernel
     size = [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilation, strict=True)]
     dense = kernel.new_zeros(*kernel.shape[:2], *size)
-    dense[(..., *[slice(None, None, d) for d in dilation])] = kernel
+    lattice: tuple[slice, ...] = tuple(slice(None, None, d) for d in dilation)
+    dense[(slice(None), slice(None), *lattice)] = kernel
     return dense
 
 
@@ -86,9 +87,7 @@ def composed(outer: Tensor, inner: Tensor, stride: Sequence[int], groups: int) -
     return grouped.reshape(out, inner.shape[1], *spatial)
 
 
-def _composed_pointwise(
-    outer: Tensor, inner: Tensor, stride: Sequence[int], groups: int
-) -> Tensor:
+def _composed_pointwise(outer: Tensor, inner: Tensor, stride: Sequence[int], groups: int) -> Tensor:
     """`composed` where one of the two is 1x1: a matrix product a group."""
     outer_taps, inner_taps = outer.shape[2:], inner.shape[2:]
     a = outer.reshape(groups, outer.shape[0] // groups, outer.shape[1], -1)

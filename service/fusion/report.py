@@ -15,7 +15,6 @@ from service.fusion.rules import CONVOLUTIONS
 from service.graph.program import Node, Program, TensorSpec
 
 
-
 @dataclass(frozen=True)
 class Block:
     """One linear region. `status` is `fused`, `kept` (nothing to gain) or `refused` (not exact).
@@ -158,9 +157,7 @@ def _parameters(members: Sequence[Node], analysis: Analysis) -> int:
         seen.add(name)
         if name in analysis.constants.computed:
             pending.extend(nodes[name].refs())
-    return sum(
-        weights[n].numel() for n in seen if n in weights and weights[n].is_floating_point()
-    )
+    return sum(weights[n].numel() for n in seen if n in weights and weights[n].is_floating_point())
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -170,9 +167,7 @@ def _product(shape: Sequence[int]) -> int:
     return result
 
 
-def _kept_block(
-    node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, Node]
-) -> Block:
+def _kept_block(node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, Node]) -> Block:
     status, reason = _why_kept(node, analysis, cover, nodes)
     specs = analysis.specs
     weight = _weight_spec(node, specs)
@@ -237,8 +232,9 @@ def _why_kept(
 
 
 def _totals(blocks: Sequence[Block], before: Program, after: Program) -> Totals:
-    count = {status: sum(b.status == status for b in blocks) for status in
-             ("fused", "kept", "refused")}
+    count = {
+        status: sum(b.status == status for b in blocks) for status in ("fused", "kept", "refused")
+    }
     return Totals(
         blocks=len(blocks),
         fused=count["fused"],

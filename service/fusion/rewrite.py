@@ -1,4 +1,4 @@
-"""From a cover to a new program: fused operators where forms were chosen, everything else as it was."""
+"""From a cover to a new program: fused operators where forms were chosen, the rest as it was."""
 
 from __future__ import annotations
 
@@ -118,8 +118,16 @@ class _Writer:
         viewed = shape != node.shape
         name = f"{node.name}_wide" if viewed else node.name
         if geometry.pointwise and geometry.depthwise:
-            self._emit_scale(name, node, shape, root, kernel.reshape(-1), bias,
-                             (weight_name, bias_name), last=form.layout is Layout.LAST)
+            self._emit_scale(
+                name,
+                node,
+                shape,
+                root,
+                kernel.reshape(-1),
+                bias,
+                (weight_name, bias_name),
+                last=form.layout is Layout.LAST,
+            )
         else:
             self.weights[weight_name] = self._cast(kernel)
             self.weights[bias_name] = self._cast(bias)
@@ -146,7 +154,7 @@ class _Writer:
         )
 
     def _padding(self, node: Node, form: Form, root: str) -> tuple[str, tuple[int, ...]]:
-        """Padding for the convolution itself where it is symmetric, else a padded or cropped root."""
+        """Padding for the convolution where it is symmetric, else a padded or cropped root."""
         g = form.geometry
         axes = range(len(g.kernel))
         before = g.offset
@@ -194,7 +202,9 @@ class _Writer:
             product = f"{name}_scaled"
             multiply: dict[str, Argument] = {"self": Ref(root), "other": Ref(weight)}
             shift_args: dict[str, Argument] = {
-                "self": Ref(product), "other": Ref(bias), "alpha": 1,
+                "self": Ref(product),
+                "other": Ref(bias),
+                "alpha": 1,
             }
             self.nodes.append(Node(product, "aten.mul.Tensor", multiply, shape, node.dtype, label))
             self.nodes.append(Node(name, "aten.add.Tensor", shift_args, shape, node.dtype, label))
@@ -239,12 +249,10 @@ def _view(node: Node, value: str) -> Node:
 
 
 def labels(analysis: Analysis, cover: Cover) -> dict[str, str]:
-    """A dotted module path for every fused value: what its sources share, if that is unambiguous."""
+    """A module path for every fused value: what its sources share, if that is unambiguous."""
     nodes = {node.name: node for node in analysis.program.nodes}
     fused = {name: form for name, form in cover.chosen.items() if form and not form.trivial}
-    common = {
-        name: _common([nodes[n].source for n in form.nodes]) for name, form in fused.items()
-    }
+    common = {name: _common([nodes[n].source for n in form.nodes]) for name, form in fused.items()}
     uses = list(common.values())
     result = {}
     for name, form in fused.items():

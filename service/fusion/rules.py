@@ -210,7 +210,12 @@ def _slice_space(form: Form, axis: int, start: int, stop: int, step: int) -> For
     channels = form.geometry.out_channels
     stride = [step if index == axis else 1 for index in range(rank)]
     return affine.convolve(
-        cropped, identity_kernel(channels, rank), None, stride, [(0, 0)] * rank, (1,) * rank,
+        cropped,
+        identity_kernel(channels, rank),
+        None,
+        stride,
+        [(0, 0)] * rank,
+        (1,) * rank,
         channels,
     )
 
@@ -351,7 +356,9 @@ UNARY: dict[str, UnaryRule] = {
     "aten.constant_pad_nd": _pad,
     "aten.slice.Tensor": _slice,
     "aten.slice_scatter": _slice_scatter,
-    **{f"aten.{name}": _scaled for name in ("mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar")},
+    **{
+        f"aten.{name}": _scaled for name in ("mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar")
+    },
     **{
         f"aten.{name}": _shifted
         for name in ("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar")
@@ -359,13 +366,31 @@ UNARY: dict[str, UnaryRule] = {
     "aten.neg": _negated,
     **{
         f"aten.{name}": _same
-        for name in ("clone", "alias", "detach", "contiguous", "dropout", "expand", "to.dtype",
-                     "lift_fresh_copy", "_to_copy")
+        for name in (
+            "clone",
+            "alias",
+            "detach",
+            "contiguous",
+            "dropout",
+            "expand",
+            "to.dtype",
+            "lift_fresh_copy",
+            "_to_copy",
+        )
     },
     **{
         f"aten.{name}": _reshaped
-        for name in ("view", "reshape", "_unsafe_view", "flatten.using_ints", "unsqueeze",
-                     "squeeze.dim", "squeeze.dims", "unflatten.int", "view_as")
+        for name in (
+            "view",
+            "reshape",
+            "_unsafe_view",
+            "flatten.using_ints",
+            "unsqueeze",
+            "squeeze.dim",
+            "squeeze.dims",
+            "unflatten.int",
+            "view_as",
+        )
     },
 }
 """Operators of one data operand. With several data operands none of these applies."""

@@ -36,7 +36,7 @@ _ATEN = """
     pixel_shuffle pixel_unshuffle channel_shuffle im2col unfold
     upsample_nearest2d upsample_nearest2d.vec upsample_bilinear2d upsample_bilinear2d.vec
     to.dtype _to_copy type_as ones_like zeros_like full_like zeros ones full arange
-    arange.start arange.start_step eye empty_like new_zeros new_ones new_full scalar_tensor
+    arange.start arange.start_step eye empty_like new_zeros new_ones new_full
     eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar eq.Tensor lt.Tensor gt.Tensor
     logical_and logical_or logical_not masked_fill.Scalar tril triu cumsum index.Tensor
     sym_size.int
@@ -89,7 +89,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 FACTORIES = frozenset(
     f"aten.{name}"
-    for name in "zeros ones full arange arange.start arange.start_step eye scalar_tensor".split()
+    for name in ("zeros", "ones", "full", "arange", "arange.start", "arange.start_step", "eye")
 )
 """Operators that make a tensor from nothing; they must be told the device."""
 

@@ -31,7 +31,7 @@ class DType:
     name: str
 
 
-Scalar: TypeAlias = None | bool | int | float | str
+Scalar: TypeAlias = bool | int | float | str | None
 Argument: TypeAlias = "Ref | DType | Scalar | tuple[Argument, ...]"
 
 

@@ -122,7 +122,7 @@ class _Translation:
     def _call(self, fx_node: FxNode) -> None:
         target = fx_node.target
         if target is torch.ops.aten.sym_constrain_range_for_size.default or (
-            isinstance(target, torch._ops.OpOverload) and "assert" in target.name()
+            isinstance(target, torch._ops.OpOverload) and "assert" in str(target)
         ):
             return
         if target is operator.getitem:
@@ -139,7 +139,7 @@ class _Translation:
         elif isinstance(target, torch._ops.OpOverload) and target in NAME_OF:
             self._aten(fx_node, NAME_OF[target])
         else:
-            name = target.name() if isinstance(target, torch._ops.OpOverload) else str(target)
+            name = str(target)
             raise UnsupportedOperator(
                 f"{_source(fx_node) or 'The module'} uses {name}, which programs may not.",
                 operator=name,
@@ -186,7 +186,8 @@ class _Translation:
 
     def _getitem(self, fx_node: FxNode) -> None:
         parent, index = fx_node.args
-        assert isinstance(parent, FxNode) and isinstance(index, int)
+        assert isinstance(parent, FxNode)
+        assert isinstance(index, int)
         if parent.target is _BATCH_NORM:
             if index != 0:
                 raise InvalidProgram("A batch norm's saved statistics are read in eval mode.")
@@ -200,7 +201,8 @@ class _Translation:
         whole, dim = parent.args[0], parent.kwargs.get("dim", 0)
         if len(parent.args) > 2:
             dim = parent.args[2]
-        assert isinstance(whole, FxNode) and isinstance(dim, int)
+        assert isinstance(whole, FxNode)
+        assert isinstance(dim, int)
         sizes = [part.shape[dim] for part in parent.meta["val"]]
         if not all(isinstance(size, int) for size in sizes):
             raise InvalidProgram("The batch axis is split, so the parts have no known size.")

@@ -1,0 +1,237 @@
+"""The way of a checkpoint, one function a stage.
+
+    read -> recognise -> build -> fuse -> certify -> write
+
+All of it runs in the conversion's child process (or in `foldserve convert`), on files: no store, no
+HTTP. Each stage returns its result or raises one of `service.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from service.checkpoint import Checkpoint, ReadLimits, read_checkpoint
+from service.errors import CertificateFailed, InvalidConfig, InvalidProgram
+from service.fusion import Certificate, Fusion, block_tensors, certify, fuse
+from service.graph import Program, load_program, save_program, trace
+from service.networks import (
+    ModelConfig,
+    Recognition,
+    build,
+    deploy_names,
+    deploy_skeleton,
+    recognise,
+)
+
+STAGES = ("read", "recognise", "build", "fuse", "certify", "write")
+"""Stages of `convert` in order, as progress reports name them."""
+
+Progress = Callable[[Mapping[str, Any]], None]
+"""Told `{"stage": …, "done": …, "total": …}`; blocks are counted while certifying."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network ready to be fused: its program and what is known about it.
+
+    `module` and `recognition` are None for a bundle, whose architecture nobody needs to know.
+    """
+
+    program: Program
+    form: str
+    architecture: dict[str, Any]
+    module: nn.Module | None = None
+    recognition: Recognition | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion publishes. `files` maps artifact kinds to files in the scratch folder.
+
+    `train_program` (absent when a deploy form was uploaded) and `deploy_program` are bundles,
+    `deploy_checkpoint` is a safetensors file under the official deploy keys, `report` is JSON.
+    """
+
+    form: str
+    architecture: dict[str, Any]
+    fusion: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def convert(
+    source: Path,
+    config: ModelConfig,
+    scratch: Path,
+    progress: Progress | None = None,
+    limits: ReadLimits | None = None,
+) -> Conversion:
+    """Walk the whole way for the checkpoint at `source`, leaving results in `scratch`.
+
+    Raises CheckpointError, RecognitionError, GraphError or FusionError kinds; CertificateFailed
+    carries the certificate's numbers.
+    """
+
+    def report(stage: str, done: int = 0, total: int = 1) -> None:
+        if progress is not None:
+            progress({"stage": stage, "done": done, "total": total})
+
+    report("read")
+    checkpoint = read_checkpoint(source, limits, config.weights)
+    report("recognise")
+    network = understand(checkpoint, config, lambda: report("build"))
+    report("fuse")
+    fusion = fuse(network.program)
+    total = len(fusion.regions)
+    report("certify", 0, total)
+    certificate = certify(fusion, progress=lambda done, of: report("certify", done, of))
+    if not certificate.passed:
+        raise CertificateFailed(
+            " ".join(certificate.failures), certificate=_certificate_summary(certificate)
+        )
+    report("write")
+    files = write(network, checkpoint, fusion, certificate, scratch)
+    return Conversion(
+        form=network.form,
+        architecture=network.architecture,
+        fusion=summary(fusion, certificate),
+        files={kind: str(path) for kind, path in files.items()},
+    )
+
+
+def understand(
+    checkpoint: Checkpoint, config: ModelConfig, building: Callable[[], None] | None = None
+) -> Network:
+    """Recognise and build the network of a checkpoint, or take the program of a bundle."""
+    if checkpoint.bundle is not None:
+        return _bundled(load_program(checkpoint.bundle), config)
+    recognition = recognise(checkpoint.state, config)
+    if building is not None:
+        building()
+    module = build(recognition, checkpoint.state)
+    program = trace(module, (torch.zeros(2, *recognition.input_shape),))
+    architecture = {
+        "family": recognition.family,
+        "name": recognition.name,
+        "num_classes": recognition.num_classes,
+        "input_shape": list(recognition.input_shape),
+        "hyperparameters": recognition.hyperparameters,
+        "evidence": list(recognition.evidence),
+        "assumed": list(recognition.assumed),
+        "dropped": list(recognition.dropped),
+        "container": checkpoint.container,
+        "wrappers": list(checkpoint.wrappers),
+    }
+    return Network(program, recognition.form, architecture, module, recognition)
+
+
+def _bundled(program: Program, config: ModelConfig) -> Network:
+    if config.architecture is not None:
+        raise InvalidConfig(
+            "`architecture` is given, but a bundle brings its own program.", field="architecture"
+        )
+    shape = program.inputs[0].shape
+    if not shape or shape[0] is not None or None in shape[1:]:
+        raise InvalidProgram("The bundle's first input needs a batch axis and fixed sizes.")
+    specs = program.specs()
+    output = specs[program.outputs[0]].shape
+    architecture: dict[str, Any] = {
+        "family": "program",
+        "name": "bundle",
+        "num_classes": output[1] if len(output) == 2 else None,
+        "input_shape": list(shape[1:]),
+        "hyperparameters": {},
+        "evidence": [f"The file is a bundle of {len(program.nodes)} operators."],
+        "assumed": [],
+        "dropped": [],
+        "container": "bundle",
+        "wrappers": [],
+    }
+    return Network(program, "train", architecture)
+
+
+def write(
+    network: Network,
+    checkpoint: Checkpoint,
+    fusion: Fusion,
+    certificate: Certificate,
+    scratch: Path,
+) -> dict[str, Path]:
+    """Write every artifact of a conversion into `scratch`; returns kind -> path."""
+    files = {"deploy_program": scratch / "deploy.bundle", "report": scratch / "report.json"}
+    save_program(fusion.program, files["deploy_program"])
+    if network.form == "train":
+        files["train_program"] = scratch / "train.bundle"
+        save_program(network.program, files["train_program"])
+    files["deploy_checkpoint"] = scratch / "deploy.safetensors"
+    state = deploy_state(network, checkpoint.state, fusion)
+    save_file(state, files["deploy_checkpoint"], metadata={"format": "pt"})
+    document = {
+        "architecture": network.architecture,
+        "certificate": certificate.to_dict(),
+        **fusion.report.to_dict(),
+    }
+    errors = {check.module: check.error for check in certificate.regions}
+    for block in document["blocks"]:
+        block["error_float64"] = errors.get(block["module"])
+    files["report"].write_text(json.dumps(document, indent=1))
+    return files
+
+
+def deploy_state(
+    network: Network, state: Mapping[str, Tensor], fusion: Fusion
+) -> dict[str, Tensor]:
+    """The deploy form's state dict: official keys where the family has them, else the program's.
+
+    Kernels come from the same analysis as the served program; everything that stays keeps its key.
+    """
+    if network.module is None:
+        return {name: tensor.contiguous() for name, tensor in fusion.program.weights.items()}
+    if network.form == "deploy":
+        own = network.module.state_dict()
+        return {key: tensor.contiguous().clone() for key, tensor in own.items()}
+    fused = block_tensors(fusion.analysis, deploy_names(network.module))
+    with torch.device("meta"):
+        keys = deploy_skeleton(network.module).state_dict().keys()
+    own = network.module.state_dict()
+    return {key: (fused[key] if key in fused else own[key]).contiguous().clone() for key in keys}
+
+
+def summary(fusion: Fusion, certificate: Certificate) -> dict[str, Any]:
+    """The numbers that a version's resource shows; MACs are of one sample, bytes of weights."""
+    totals = fusion.report.totals
+    return {
+        "blocks": totals.blocks,
+        "fused": totals.fused,
+        "kept": totals.kept,
+        "refused": totals.refused,
+        "convolutions_before": totals.convolutions_before,
+        "convolutions_after": totals.convolutions_after,
+        "macs_before": totals.macs_before,
+        "macs_after": totals.macs_after,
+        "parameters_before": totals.parameters_before,
+        "parameters_after": totals.parameters_after,
+        "bytes_before": totals.bytes_before,
+        "bytes_after": totals.bytes_after,
+        "error_float64": certificate.error_float64,
+        "error_end_to_end": certificate.error_end_to_end,
+        "certificate": _certificate_summary(certificate),
+    }
+
+
+def _certificate_summary(certificate: Certificate) -> dict[str, Any]:
+    numbers = certificate.to_dict()
+    del numbers["regions"]
+    return numbers
+
+
+def save_as_torch(safetensors: Path, target: Path) -> None:
+    """Rewrite a safetensors state dict as torch.save writes it (`.pth`)."""
+    torch.save(load_file(safetensors), target)

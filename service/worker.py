@@ -1,0 +1,216 @@
+"""The background worker: takes queued versions one by one and walks each to `ready` or `rejected`.
+
+    claim -> convert (in a child process) -> store -> prepare -> publish
+
+Conversions are deliberately one at a time and gentle: serving has the machine first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from service import pipeline
+from service.checkpoint import ReadLimits
+from service.checkpoint.child import ChildLimits, run_sandboxed
+from service.errors import ConversionCrashed, FoldserveError, StoreError
+from service.networks import ModelConfig
+from service.store import BlobStore, Catalog, VersionRecord
+
+log = structlog.get_logger(__name__)
+
+_PROGRESS_SECONDS = 0.2
+"""Shortest time between two stored progress reports of the same stage, in seconds."""
+
+
+class Hooks(Protocol):
+    """What the service does with results. Called from the worker's thread; may block."""
+
+    def prepare(self, version: VersionRecord, programs: Mapping[str, Path]) -> None:
+        """Load and warm the programs (kinds `deploy_program`, perhaps `train_program`)."""
+
+    def published(self, version: VersionRecord) -> None:
+        """The version is `ready` in the catalog: let it answer."""
+
+    def abandoned(self, version: VersionRecord) -> None:
+        """The version was prepared but not published: forget it."""
+
+
+@dataclass(frozen=True)
+class WorkerLimits:
+    """How the worker works: seconds between looks at an empty queue, and limits of a conversion."""
+
+    poll_seconds: float
+    attempts: int
+    read: ReadLimits
+    child: ChildLimits
+
+
+class Worker:
+    """One thread over one catalog. `start` once, `stop` to finish; `wake` after an upload."""
+
+    def __init__(
+        self, catalog: Catalog, blobs: BlobStore, scratch: Path, limits: WorkerLimits, hooks: Hooks
+    ) -> None:
+        self.catalog, self.blobs, self.scratch = catalog, blobs, scratch
+        self.limits, self.hooks = limits, hooks
+        self.name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="foldserve-worker", daemon=True)
+
+    def start(self) -> None:
+        """Take up what an earlier process left behind, then begin."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        for version in self.catalog.recover_interrupted(self.limits.attempts):
+            log.info(
+                "conversion_recovered",
+                model=version.model,
+                version=version.version,
+                state=version.state.value,
+            )
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look at the queue now."""
+        self._wake.set()
+
+    def stop(self, timeout: float) -> None:
+        """Give up the running conversion (it is taken up at the next start) and end the thread."""
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                if self.run_once():
+                    continue
+            except Exception:
+                log.exception("worker_failed")
+            self._wake.wait(self.limits.poll_seconds)
+            self._wake.clear()
+
+    def run_once(self) -> bool:
+        """Convert the oldest queued version; False when there is none."""
+        version = self.catalog.claim_next(self.name)
+        if version is None:
+            return False
+        scratch = self.scratch / uuid.uuid4().hex
+        scratch.mkdir(parents=True)
+        started = time.perf_counter()
+        try:
+            self._walk(version, scratch)
+        except FoldserveError as error:
+            if not self._stopping.is_set():
+                self._reject(version, error)
+        except Exception as error:
+            log.exception("conversion_failed", model=version.model, version=version.version)
+            self._reject(version, ConversionCrashed(f"{type(error).__name__}: {error}"))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            log.info(
+                "conversion_finished",
+                model=version.model,
+                version=version.version,
+                seconds=round(time.perf_counter() - started, 3),
+            )
+        return True
+
+    def _walk(self, version: VersionRecord, scratch: Path) -> None:
+        source = self.blobs.open_path(version.checkpoint.sha256)
+        result = run_sandboxed(
+            "service.worker:convert_in_child",
+            (str(source), version.config, str(scratch), self.limits.read),
+            self.limits.child,
+            scratch=scratch,
+            on_progress=self._progress(version),
+            cancel=self._stopping,
+        )
+        conversion = pipeline.Conversion(**result)
+        self._tell(version, "store")
+        files = {kind: Path(path) for kind, path in conversion.files.items()}
+        artifacts = {kind: self.blobs.put_file(path).sha256 for kind, path in files.items()}
+        self._tell(version, "prepare")
+        self.hooks.prepare(version, files)
+        try:
+            published = self.catalog.publish(
+                version.model,
+                version.version,
+                form=conversion.form,
+                architecture=conversion.architecture,
+                fusion=conversion.fusion,
+                artifacts=artifacts,
+                worker=self.name,
+            )
+        except FoldserveError:
+            self.hooks.abandoned(version)
+            raise
+        self.hooks.published(published)
+
+    def _tell(self, version: VersionRecord, stage: str) -> None:
+        progress = {"stage": stage, "done": 0, "total": 1}
+        self.catalog.set_progress(version.model, version.version, progress, worker=self.name)
+
+    def _progress(self, version: VersionRecord) -> Any:
+        """Store progress, but not every block of a fast stage."""
+        last: dict[str, Any] = {"stage": None, "at": 0.0}
+
+        def tell(progress: Mapping[str, Any]) -> None:
+            now = time.monotonic()
+            finished = progress.get("done") == progress.get("total")
+            soon = now - last["at"] < _PROGRESS_SECONDS
+            if progress["stage"] == last["stage"] and soon and not finished:
+                return
+            last.update(stage=progress["stage"], at=now)
+            self.catalog.set_progress(
+                version.model, version.version, dict(progress), worker=self.name
+            )
+
+        return tell
+
+    def _reject(self, version: VersionRecord, error: FoldserveError) -> None:
+        log.info(
+            "conversion_rejected",
+            model=version.model,
+            version=version.version,
+            code=error.code(),
+            detail=error.detail,
+        )
+        try:
+            self.catalog.reject(version.model, version.version, error.to_dict(), worker=self.name)
+        except StoreError:
+            log.info("version_gone", model=version.model, version=version.version)
+
+
+def convert_in_child(
+    progress: pipeline.Progress,
+    source: str,
+    config: dict[str, Any],
+    scratch: str,
+    limits: ReadLimits,
+) -> dict[str, Any]:
+    """Runs in the child process: plain values in, plain values out."""
+    checked = ModelConfig.from_json(json.dumps(config))
+    conversion = pipeline.convert(Path(source), checked, Path(scratch), progress, limits)
+    return {
+        "form": conversion.form,
+        "architecture": conversion.architecture,
+        "fusion": conversion.fusion,
+        "files": conversion.files,
+    }
