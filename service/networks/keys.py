@@ -57,12 +57,13 @@ class Keys:
 
         Raises MissingKeys when the numbers leave a gap.
         """
-        found = {
-            int(match[1])
-            for key in self.shapes
-            if (match := re.match(re.escape(prefix) + r"([0-9]{1,4})(?:\.|$)", key))
-        }
-        absent = set(range(len(found))) - found
+        return self.count_from(0, prefix)
+
+    def count_from(self, first: int, prefix: str = "") -> int:
+        """How many numbered children there are when counting begins at `first` instead of 0."""
+        key = re.compile(re.escape(prefix) + r"([0-9]{1,4})(?=\.|$)")
+        found = {int(match[1]) for name in self.shapes if (match := key.match(name))}
+        absent = set(range(first, first + len(found))) - found
         if absent:
             place = f"{self.prefix}{prefix}{min(absent)}"
             raise MissingKeys(

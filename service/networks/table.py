@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from service.networks import acb, dbb, mobilenet, orepa_keys, repvgg, resnet, unit_vgg
+from service.networks import acb, acnet_keys, dbb, mobilenet, orepa_keys, repvgg, resnet, unit_vgg
 from service.networks.family import Family
 
 FAMILIES: tuple[Family, ...] = (
+    *acnet_keys.ROWS,
     *unit_vgg.ROWS,
     *orepa_keys.ROWS,
     *repvgg.ROWS,
