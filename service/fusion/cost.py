@@ -22,7 +22,7 @@ _FREE = frozenset(
     aten.unsqueeze aten.squeeze.dim aten.squeeze.dims aten.expand aten.slice.Tensor aten.select.int
     aten.narrow aten.transpose.int aten.permute aten.t aten.movedim.int aten.alias aten.detach
     aten.contiguous aten.clone aten.lift_fresh_copy aten.dropout aten.sym_size.int
-    """.split()
+    """.split()  # noqa: SIM905
 )
 """Operators that return a view; `clone` is one after functionalisation removed what needed it."""
 
