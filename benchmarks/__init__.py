@@ -1,0 +1,1 @@
+"""The measurements behind the figures that this project states; one command each."""

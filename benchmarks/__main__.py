@@ -1,0 +1,27 @@
+"""`python -m benchmarks [NAME] [options]`: run one benchmark, or `engine` if none is named.
+
+Names: engine. `python -m benchmarks NAME --help` lists its options.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import engine
+
+BENCHMARKS = {"engine": engine.main}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark that the first argument names; answers the exit status."""
+    name, rest = "engine", arguments
+    if arguments and not arguments[0].startswith("-"):
+        name, rest = arguments[0], arguments[1:]
+    if name not in BENCHMARKS:
+        print(f"no benchmark {name!r}; known: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    return BENCHMARKS[name](rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
