@@ -1,0 +1,70 @@
+"""Starting children from multiprocessing's fork server without importing the main module again.
+
+A fork server imports torch once; each child is then a fork of it, ready in about 0.1 s. The
+service itself must not fork: it has threads, and its memory holds more than a child should see.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Sequence
+from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
+from multiprocessing.context import set_spawning_popen
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+PRELOAD = ("service.checkpoint.preload",)
+"""Modules that the fork server imports when it starts."""
+
+_starting = threading.Lock()
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+class _Popen(popen_forkserver.Popen):
+    """As its base, but the child is not told what the main module is.
+
+    The base has every child run the service's own start script again, as `__mp_main__`: that
+    takes seconds, and hands code to the child that it has no use for.
+    """
+
+    def _launch(self, process_obj: BaseProcess) -> None:
+        preparation = spawn.get_preparation_data(process_obj.name)
+        for key in ("init_main_from_name", "init_main_from_path"):
+            preparation.pop(key, None)
+        message = io.BytesIO()
+        set_spawning_popen(self)
+        try:
+            reduction.dump(preparation, message)
+            reduction.dump(process_obj, message)
+        finally:
+            set_spawning_popen(None)
+        self.sentinel, writer = forkserver.connect_to_new_process(self._fds)  # type: ignore[attr-defined]
+        kept = os.dup(writer)  # its end tells the child that the parent is gone
+        self.finalizer = util.Finalize(self, _close, (kept, self.sentinel))
+        with open(writer, "wb", closefd=True) as file:
+            file.write(message.getbuffer())
+        self.pid = forkserver.read_signed(self.sentinel)
+
+
+class ChildProcess(context.ForkServerProcess):
+    """A process forked from the fork server."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Any:  # noqa: N802  multiprocessing's own hook
+        return _Popen(process_obj)
+
+
+def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
+    """Start the fork server, if it is not running, with `preload` imported.
+
+    The first caller decides what is preloaded. Takes as long as the imports, once.
+    """
+    with _starting:
+        forkserver.set_forkserver_preload(list(preload))
+        forkserver.ensure_running()

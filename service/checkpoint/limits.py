@@ -1,0 +1,35 @@
+"""The limits of the reader. Each is checked before anything of that size is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ReadLimits:
+    """What an uploaded file may be at most; every breach raises LimitExceeded naming the field.
+
+    Attributes:
+        file_bytes: length of the file, bytes.
+        archive_entries: entries of a zip archive, count.
+        archive_expansion: sum of the entries' lengths over the file's length, ratio. torch.save
+            stores without compression, so an honest file stays just below 1.
+        header_bytes: JSON header of a safetensors file, bytes.
+        pickle_bytes: the pickle of a torch file without its tensors, bytes.
+        pickle_operations: instructions of that pickle, count. They are walked in Python at about
+            a million a second; a tensor takes about 40.
+        tensors: tensors in the file, count.
+        tensor_expansion: sum of the tensors' elements in bytes over the file's length, ratio.
+            Above 1 only where tensors share storage, as tied weights do.
+        key_characters: length of one key, characters.
+    """
+
+    file_bytes: int = 8 << 30
+    archive_entries: int = 100_000
+    archive_expansion: float = 1.05
+    header_bytes: int = 32 << 20
+    pickle_bytes: int = 32 << 20
+    pickle_operations: int = 4_000_000
+    tensors: int = 50_000
+    tensor_expansion: float = 2.0
+    key_characters: int = 512

@@ -1,0 +1,491 @@
+"""Walking a pickle without running it, before torch sees it.
+
+torch.load(weights_only=True) calls a short list of functions with whatever arguments the pickle
+gives them, and trusts what the pickle says about storages: a storage may claim more bytes than
+its record has, a view may repeat one element a billion times. This walk keeps the same stack and
+memo as an unpickler but holds only symbols, so every global, storage and view is judged first.
+Nothing is imported and nothing is called.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from service.checkpoint.limits import ReadLimits
+from service.errors import (
+    LimitExceeded,
+    NotACheckpoint,
+    TruncatedFile,
+    UnsafePickle,
+    UnsupportedContainer,
+    WholeModulePickle,
+)
+
+STORAGE_ITEM_BYTES = {
+    f"torch.{prefix}{name}Storage": size
+    for prefix in ("", "cuda.")
+    for name, size in {
+        "Double": 8,
+        "Float": 4,
+        "Half": 2,
+        "BFloat16": 2,
+        "Long": 8,
+        "Int": 4,
+        "Short": 2,
+        "Char": 1,
+        "Byte": 1,
+        "Bool": 1,
+        "ComplexDouble": 16,
+        "ComplexFloat": 8,
+    }.items()
+} | {"torch.storage.UntypedStorage": 1}
+"""Bytes of one element of each storage type that is read; quantised and sparse ones are not."""
+
+OPAQUE = frozenset(
+    {
+        "numpy.dtype",
+        "numpy.ndarray",
+        *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
+        *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
+        "pathlib.PosixPath",
+        "pathlib.PurePosixPath",
+        "pathlib.WindowsPath",
+        "pathlib.PureWindowsPath",
+        "datetime.datetime",
+        "builtins.list",
+        "builtins.dict",
+        "builtins.int",
+        "builtins.float",
+    }
+)
+"""Metadata that training scripts save beside the weights: read as an inert nothing."""
+
+OPAQUE_MAPPINGS = frozenset(
+    {
+        "argparse.Namespace",
+        "collections.defaultdict",
+        "easydict.EasyDict",
+        "yacs.config.CfgNode",
+    }
+)
+"""The same for things that hold keys: read as an empty-handed mapping."""
+
+_ORDERED_DICT = "collections.OrderedDict"
+_TENSOR_MAKERS = {"torch._utils._rebuild_tensor_v2": (6, 7), "torch._utils._rebuild_tensor": (4, 4)}
+_CALLABLE = OPAQUE | OPAQUE_MAPPINGS | {_ORDERED_DICT, "torch.Size", "torch.device", "builtins.set"}
+_DTYPES = frozenset(
+    f"torch.{name}"
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool"),
+        *("uint8", "int8", "int16", "int32", "int64", "float8_e4m3fn", "float8_e5m2"),
+    )
+)
+_ALLOWED = (
+    _CALLABLE
+    | _DTYPES
+    | set(STORAGE_ITEM_BYTES)
+    | set(_TENSOR_MAKERS)
+    | {"torch._utils._rebuild_parameter", "_codecs.encode"}
+)
+_MAX_DIMENSIONS = 64
+_MAX_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage as the pickle claims it: record `key`, `count` elements of `item_bytes`."""
+
+    key: str
+    type: str
+    count: int
+
+    @property
+    def bytes(self) -> int:
+        return self.count * STORAGE_ITEM_BYTES[self.type]
+
+
+@dataclass
+class Scan:
+    """What a pickle refers to; filled by `scan_pickle`."""
+
+    storages: dict[str, Storage] = field(default_factory=dict)
+    tensors: int = 0
+    tensor_bytes: int = 0
+    forbidden: list[str] = field(default_factory=list)
+    looks_like_module: bool = False
+
+
+@dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+class _Symbol:
+    """A value of which only the kind matters."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
+_CONTAINER, _TENSOR, _ORDERED = _Symbol("container"), _Symbol("tensor"), _Symbol("OrderedDict")
+_INERT, _OTHER = _Symbol("inert"), _Symbol("other")
+
+
+def scan_pickle(data: io.BytesIO, limits: ReadLimits, *, other_protocols: bool = False) -> Scan:
+    """Walk one pickle from the position of `data` and leave it after the pickle.
+
+    `other_protocols` walks on through pickles that torch.save does not write, to name what is
+    in them. Raises UnsafePickle or WholeModulePickle naming the forbidden globals, LimitExceeded
+    for too many instructions or tensors or for a view beyond its storage, TruncatedFile or
+    NotACheckpoint for a pickle that is not whole.
+    """
+    walk = _Walk(limits, other_protocols)
+    try:
+        for operation, argument, _ in _operations(data):
+            walk.step(operation, argument)
+    except (IndexError, KeyError, TypeError):
+        # A pickle whose stack does not add up; nothing but its own bytes can cause that.
+        raise NotACheckpoint("The pickle is malformed.") from None
+    walk.finish()
+    return walk.scan
+
+
+def _operations(data: io.BytesIO) -> Iterator[tuple[str, Any, int | None]]:
+    try:
+        for opcode, argument, position in pickletools.genops(data):
+            yield opcode.name, argument, position
+    except (ValueError, UnicodeDecodeError, OverflowError) as error:
+        if data.tell() >= len(data.getbuffer()):
+            raise TruncatedFile("The pickle in the file ends too early.") from None
+        raise NotACheckpoint(f"The pickle is malformed: {str(error)[:120]}.") from None
+
+
+class _Walk:
+    """The unpickling machine on symbols. `step` is called once an instruction."""
+
+    def __init__(self, limits: ReadLimits, other_protocols: bool) -> None:
+        self.scan = Scan()
+        self._limits = limits
+        self._other_protocols = other_protocols
+        self._steps = 0
+        self._stack: list[Any] = []
+        self._marks: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        self._words: set[str] = set()
+
+    def step(self, name: str, argument: Any) -> None:
+        self._steps += 1
+        if self._steps > self._limits.pickle_operations:
+            raise LimitExceeded(
+                f"The pickle has more than {self._limits.pickle_operations} instructions "
+                "(pickle_operations)."
+            )
+        if name in _PUSHES:
+            self._stack.append(argument if _PUSHES[name] is None else _PUSHES[name])
+            if argument in ("_parameters", "_modules", "_buffers"):
+                self._words.add(argument)
+        else:
+            handler = _HANDLERS.get(name)
+            if handler is None:
+                handler = _LATER_HANDLERS.get(name) if self._other_protocols else None
+            if handler is None:
+                raise UnsupportedContainer(
+                    f"The pickle uses the instruction {name}, which torch.save does not write.",
+                    remedy="Save it with torch.save's own pickle_protocol (2).",
+                )
+            handler(self, argument)
+
+    def finish(self) -> None:
+        forbidden = self.scan.forbidden
+        if not forbidden:
+            return
+        named = ", ".join(forbidden[:_MAX_NAMED])
+        if len(forbidden) > _MAX_NAMED:
+            named += f" and {len(forbidden) - _MAX_NAMED} more"
+        if {"_parameters", "_modules"} <= self._words:
+            raise WholeModulePickle(
+                f"The file is a pickled module: reading it would import {named}.",
+                globals=forbidden[:_MAX_NAMED],
+            )
+        raise UnsafePickle(
+            f"Reading the pickle would import {named}, which is never done here.",
+            globals=forbidden[:_MAX_NAMED],
+        )
+
+    # ---- instructions -----------------------------------------------------------------------
+
+    def pop(self, _: Any) -> None:
+        self._stack.pop()
+
+    def mark(self, _: Any) -> None:
+        self._marks.append(self._stack)
+        self._stack = []
+
+    def _items(self) -> list[Any]:
+        items, self._stack = self._stack, self._marks.pop()
+        return items
+
+    def nothing(self, _: Any) -> None:
+        return
+
+    def tuple_of_marked(self, _: Any) -> None:
+        items = self._items()
+        self._stack.append(tuple(items))
+
+    def container_of_marked(self, _: Any) -> None:
+        self._items()
+        self._stack.append(_CONTAINER)
+
+    def add_marked(self, _: Any) -> None:
+        self._items()
+        self._container()
+
+    def set_item(self, _: Any) -> None:
+        self._stack.pop()
+        self._stack.pop()
+        self._container()
+
+    def append(self, _: Any) -> None:
+        self._stack.pop()
+        self._container()
+
+    def _container(self) -> None:
+        if self._stack[-1] not in (_CONTAINER, _ORDERED, _OTHER):
+            self._malformed("puts items into what is no container")
+
+    def get(self, key: int) -> None:
+        self._stack.append(self._memo[key])
+
+    def put(self, key: int) -> None:
+        self._memo[key] = self._stack[-1]
+
+    def memoize(self, _: Any) -> None:
+        self._memo[len(self._memo)] = self._stack[-1]
+
+    def global_(self, argument: str) -> None:
+        self._global(*argument.split(" ", 1))
+
+    def stack_global(self, _: Any) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        self._global(str(module), str(name))
+
+    def inst(self, argument: str) -> None:
+        self._items()
+        self.global_(argument)
+        self._stack[-1] = _OTHER
+
+    def _global(self, module: str, name: str) -> None:
+        module, name = NAME_MAPPING.get((module, name), (module, name))
+        full = f"{IMPORT_MAPPING.get(module, module)}.{name}"
+        if full not in _ALLOWED:
+            shown = full[:120].encode("ascii", "backslashreplace").decode()
+            if shown not in self.scan.forbidden:
+                self.scan.forbidden.append(shown)
+        self._stack.append(_Global(full))
+
+    def obj(self, _: Any) -> None:
+        self._items()
+        self._stack.append(_OTHER)
+
+    def reduce(self, _: Any) -> None:
+        arguments, function = self._stack.pop(), self._stack.pop()
+        if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+            if function is not _OTHER and not self.scan.forbidden:
+                self._malformed("calls what is no function")
+            self._stack.append(_OTHER)
+            return
+        self._stack.append(self._call(function.name, arguments))
+
+    def new_object(self, _: Any) -> None:
+        _arguments, kind = self._stack.pop(), self._stack.pop()
+        name = kind.name if isinstance(kind, _Global) else None
+        if name in OPAQUE:
+            self._stack.append(_INERT)
+        elif name == _ORDERED_DICT or name in OPAQUE_MAPPINGS:
+            self._stack.append(_ORDERED)
+        else:
+            # Making tensors or storages this way allocates whatever the arguments say.
+            if name in _ALLOWED:
+                self._malformed(f"makes a {name} without its constructor")
+            self._stack.append(_OTHER)
+
+    def new_object_with_keywords(self, _: Any) -> None:
+        self._stack.pop()
+        self.new_object(None)
+
+    def build(self, _: Any) -> None:
+        self._stack.pop()
+        # A tensor's state would be its storage and strides, set past every check made here.
+        if self._stack[-1] not in (_ORDERED, _INERT, _OTHER) and not self.scan.forbidden:
+            self._malformed("sets the state of what has none")
+
+    def persistent(self, _: Any) -> None:
+        claim = self._stack.pop()
+        match claim:
+            case ("storage" | b"storage", _Global(kind), str(key), str() | bytes(), int(count)):
+                pass
+            case (
+                "storage" | b"storage",
+                _Global(kind),
+                str(key),
+                str() | bytes(),
+                int(count),
+                None,
+            ):
+                pass
+            case _:
+                self._malformed("refers to something other than a storage")
+        if kind not in STORAGE_ITEM_BYTES:
+            if kind in _ALLOWED:
+                self._malformed(f"has a storage of type {kind}")
+            self._stack.append(_OTHER)
+            return
+        storage = Storage(key, kind, count)
+        if count < 0 or self.scan.storages.setdefault(key, storage) != storage:
+            self._malformed(f"contradicts itself about storage {key[:40]!r}")
+        self._stack.append(storage)
+
+    # ---- the functions that weights need ------------------------------------------------------
+
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        if name in _TENSOR_MAKERS:
+            return self._tensor(name, arguments)
+        if name == "torch._utils._rebuild_parameter":
+            if not arguments or arguments[0] is not _TENSOR:
+                self._malformed("makes a parameter of what is no tensor")
+            return _TENSOR
+        if name == "_codecs.encode":
+            # How protocol 2 writes bytes. Other codecs may take very long.
+            if len(arguments) != 2 or arguments[1] not in ("latin1", "latin-1"):
+                self._malformed("calls a codec other than latin1")
+            return _OTHER
+        if name == _ORDERED_DICT or name in OPAQUE_MAPPINGS:
+            return _ORDERED
+        if name in OPAQUE:
+            return _INERT
+        if name not in _CALLABLE and name in _ALLOWED:
+            self._malformed(f"calls {name}")
+        return _OTHER
+
+    def _tensor(self, name: str, arguments: tuple[Any, ...]) -> _Symbol:
+        fewest, most = _TENSOR_MAKERS[name]
+        if not fewest <= len(arguments) <= most or not isinstance(arguments[0], Storage):
+            self._malformed("describes a tensor in an unknown way")
+        if arguments[6:] not in ((), (None,)):
+            raise UnsupportedContainer("A tensor carries extra metadata, which is not read.")
+        storage, offset, size, stride = arguments[:4]
+        if isinstance(size, _Symbol) or not (
+            _naturals((offset,)) and _naturals(size) and _naturals(stride)
+        ):
+            self._malformed("gives a tensor sizes or strides that are not natural numbers")
+        if len(size) != len(stride):
+            self._malformed("gives a tensor more sizes than strides")
+        elements = 1
+        for length in size:
+            elements *= length
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if elements and last >= storage.count:
+            raise LimitExceeded(
+                f"A tensor of shape {list(size)[:8]} reaches element {last} of a storage that has "
+                f"{storage.count}.",
+                remedy="The file is damaged or forged; upload the original.",
+            )
+        self.scan.tensors += 1
+        self.scan.tensor_bytes += elements * STORAGE_ITEM_BYTES[storage.type]
+        if self.scan.tensors > self._limits.tensors:
+            raise LimitExceeded(f"The file has more than {self._limits.tensors} tensors (tensors).")
+        return _TENSOR
+
+    def _malformed(self, what: str) -> NoReturn:
+        raise NotACheckpoint(f"The pickle {what}; torch.save writes nothing like it.")
+
+
+def _naturals(values: Any) -> bool:
+    """Whether it is a tuple of at most `_MAX_DIMENSIONS` integers that fit 63 bits."""
+    return (
+        isinstance(values, tuple)
+        and len(values) <= _MAX_DIMENSIONS
+        and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+    )
+
+
+def _tuple_of(count: int) -> Callable[[_Walk, Any], None]:
+    def make(walk: _Walk, _: Any) -> None:
+        stack = walk._stack
+        if len(stack) < count:
+            raise IndexError
+        stack[-count:] = [tuple(stack[-count:])]
+
+    return make
+
+
+# Instructions that push: their argument (None here), or a fixed value.
+_PUSHES: dict[str, Any] = dict.fromkeys(
+    ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
+) | {
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "EMPTY_TUPLE": (),
+    "EMPTY_LIST": _CONTAINER,
+    "EMPTY_DICT": _CONTAINER,
+    "EMPTY_SET": _CONTAINER,
+    "NONE": None,
+}
+
+_HANDLERS: dict[str, Callable[[_Walk, Any], None]] = {
+    "PROTO": _Walk.nothing,
+    "STOP": _Walk.pop,
+    "MARK": _Walk.mark,
+    "TUPLE": _Walk.tuple_of_marked,
+    "TUPLE1": _tuple_of(1),
+    "TUPLE2": _tuple_of(2),
+    "TUPLE3": _tuple_of(3),
+    "APPEND": _Walk.append,
+    "APPENDS": _Walk.add_marked,
+    "SETITEM": _Walk.set_item,
+    "SETITEMS": _Walk.add_marked,
+    "BINGET": _Walk.get,
+    "LONG_BINGET": _Walk.get,
+    "BINPUT": _Walk.put,
+    "LONG_BINPUT": _Walk.put,
+    "GLOBAL": _Walk.global_,
+    "REDUCE": _Walk.reduce,
+    "NEWOBJ": _Walk.new_object,
+    "BUILD": _Walk.build,
+    "BINPERSID": _Walk.persistent,
+}
+
+
+def _push(walk: _Walk, argument: Any) -> None:
+    walk._stack.append(argument)
+
+
+# Instructions of other protocols, walked only to find the globals of a pickle that is refused.
+_LATER_HANDLERS: dict[str, Callable[[_Walk, Any], None]] = {
+    **dict.fromkeys(
+        (
+            *("INT", "LONG", "LONG4", "STRING", "BINSTRING", "UNICODE", "FLOAT"),
+            *("SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+            "BYTEARRAY8",
+        ),
+        _push,
+    ),
+    "FRAME": _Walk.nothing,
+    "MEMOIZE": _Walk.memoize,
+    "STACK_GLOBAL": _Walk.stack_global,
+    "INST": _Walk.inst,
+    "OBJ": _Walk.obj,
+    "NEWOBJ_EX": _Walk.new_object_with_keywords,
+    "POP": _Walk.pop,
+    "LIST": _Walk.container_of_marked,
+    "DICT": _Walk.container_of_marked,
+    "FROZENSET": _Walk.container_of_marked,
+    "ADDITEMS": _Walk.add_marked,
+    "GET": _Walk.get,
+    "PUT": _Walk.put,
+}

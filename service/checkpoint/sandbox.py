@@ -1,0 +1,201 @@
+"""What a conversion child gives up before it touches an uploaded file. Linux; elsewhere less.
+
+Each measure is tried on its own and reported, because what a host or a container allows differs:
+
+    no_new_privileges     prctl: no set-uid program can raise the child again
+    capabilities_dropped  capset: root in a container keeps its uid but none of its powers
+    memory_limit          RLIMIT_DATA, counted from what the fresh child already holds
+    cpu_limit             RLIMIT_CPU
+    file_size_limit       RLIMIT_FSIZE
+    writes_confined       landlock: no write, creation or removal outside the scratch folder
+    system_calls_filtered seccomp: no sockets, programs, processes, signals to others, ptrace, ...
+
+RLIMIT_AS would count what torch only maps (libraries, reserved arenas, a checkpoint mapped from
+its file), several times what it uses; RLIMIT_DATA counts private writable memory. RLIMIT_NPROC is
+left alone: it counts the whole user and makes OpenMP abort.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import importlib
+import os
+import resource
+import signal
+import struct
+from pathlib import Path
+from types import ModuleType
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+_CAPABILITY_VERSION_3 = 0x20080522
+_SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
+_CLONE_THREAD = 0x00010000
+_CPU_GRACE_SECONDS = 5  # from SIGXCPU, which tells the reason, to SIGKILL, which cannot be ignored
+
+FEATURES = (
+    "no_new_privileges",
+    "capabilities_dropped",
+    "memory_limit",
+    "cpu_limit",
+    "file_size_limit",
+    "writes_confined",
+    "system_calls_filtered",
+)
+
+_DENIED = (
+    # network
+    *("socket", "socketpair", "connect", "bind", "listen", "accept", "accept4"),
+    # other programs and processes
+    *("execve", "execveat", "fork", "vfork", "ptrace", "process_vm_readv", "process_vm_writev"),
+    *("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_open", "pidfd_getfd"),
+    *("pidfd_send_signal", "kcmp", "setns", "unshare"),
+    # file metadata, which landlock does not cover
+    *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
+    *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
+    # the system
+    *("mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen", "fsmount"),
+    *("mknod", "mknodat", "open_by_handle_at", "quotactl", "acct", "swapon", "swapoff", "reboot"),
+    *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "bpf"),
+    *("perf_event_open", "userfaultfd", "keyctl", "add_key", "request_key", "personality"),
+    *("io_uring_setup", "io_uring_enter", "io_uring_register", "settimeofday", "clock_settime"),
+    *("sethostname", "setdomainname", "iopl", "ioperm", "modify_ldt", "lookup_dcookie", "vhangup"),
+)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent goes."""
+    with contextlib.suppress(OSError):
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def confine(
+    scratch: Path, *, memory_bytes: int, cpu_seconds: int, file_bytes: int
+) -> dict[str, bool]:
+    """Confine this process for good; returns which of `FEATURES` are active.
+
+    `scratch` is where it may still write. `memory_bytes` of private memory may be added to what
+    the process has now; `cpu_seconds` of all its threads together end it with SIGXCPU;
+    `file_bytes` is the longest file it may write.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    active = dict.fromkeys(FEATURES, False)
+    steps = {
+        "memory_limit": lambda: _limit(resource.RLIMIT_DATA, _data_bytes() + memory_bytes),
+        "cpu_limit": lambda: _limit(resource.RLIMIT_CPU, cpu_seconds, grace=_CPU_GRACE_SECONDS),
+        "file_size_limit": lambda: _limit(resource.RLIMIT_FSIZE, file_bytes),
+        "no_new_privileges": lambda: _prctl(_PR_SET_NO_NEW_PRIVS, 1),
+        "writes_confined": lambda: _confine_writes(scratch),
+        "capabilities_dropped": _drop_capabilities,
+        "system_calls_filtered": _filter_system_calls,
+    }
+    for name, step in steps.items():
+        # OSError: the kernel says no; ImportError and AttributeError: the library is not there.
+        with contextlib.suppress(OSError, ImportError, AttributeError, ValueError):
+            step()
+            active[name] = True
+    return active
+
+
+def _limit(kind: int, value: int, grace: int = 0) -> None:
+    hard = resource.getrlimit(kind)[1]
+    most = value + grace if hard == resource.RLIM_INFINITY else min(value + grace, hard)
+    resource.setrlimit(kind, (min(value, most), most))
+
+
+def _data_bytes() -> int:
+    """Private writable memory of this process, as RLIMIT_DATA counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(errno.ENOSYS, "no VmData in /proc/self/status")
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    return libc
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    return _check(_libc().syscall(ctypes.c_long(number), *arguments))
+
+
+def _prctl(option: int, value: int) -> None:
+    zero = ctypes.c_ulong(0)
+    _check(_libc().prctl(option, ctypes.c_ulong(value), zero, zero, zero))
+
+
+def _drop_capabilities() -> None:
+    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
+    nothing = ctypes.create_string_buffer(24)  # effective, permitted, inheritable, twice 32 bits
+    _check(_libc().capset(header, nothing))
+
+
+def _confine_writes(scratch: Path) -> None:
+    """landlock (kernel 5.13 and later): handle every right that changes files, grant it below
+    `scratch` alone. From version 4 of the interface it also takes away TCP, from version 6 signals
+    and abstract sockets across its border. See the kernel's userspace-api/landlock document.
+    """
+    version = _syscall(_SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
+    write_file, truncate = 1 << 1, 1 << 14
+    changes = write_file | 0x1FF0  # remove and make, every kind
+    changes |= 1 << 13 if version >= 2 else 0  # link or rename between folders
+    changes |= truncate if version >= 3 else 0
+    network, scopes = (0b11 if version >= 4 else 0), (0b11 if version >= 6 else 0)
+    fields = 3 if version >= 6 else 2 if version >= 4 else 1
+    attributes = struct.pack("=3Q", changes, network, scopes)[: 8 * fields]
+    rules = _syscall(
+        _SYS_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0)
+    )
+    try:
+        on_device = write_file | (truncate & changes)
+        for path, rights in ((scratch, changes), (Path("/dev/null"), on_device)):
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                rule = struct.pack("=Qi", rights, place)
+                _syscall(_SYS_LANDLOCK_ADD, ctypes.c_int(rules), 1, rule, ctypes.c_uint(0))
+            finally:
+                os.close(place)
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        _syscall(_SYS_LANDLOCK_RESTRICT, ctypes.c_int(rules), ctypes.c_uint(0))
+    finally:
+        os.close(rules)
+
+
+@functools.cache
+def load_seccomp() -> ModuleType:
+    """The library behind the filter. Looking for it may run programs, so it is done early.
+
+    Raises ImportError when libseccomp or its binding is missing.
+    """
+    try:
+        return importlib.import_module("pyseccomp")
+    except (RuntimeError, OSError) as error:
+        raise ImportError(str(error)) from error
+
+
+def _filter_system_calls() -> None:
+    pyseccomp = load_seccomp()
+    refuse = pyseccomp.ERRNO(errno.EPERM)
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    for name in _DENIED:
+        # A call that this architecture or this libseccomp does not know cannot be made by name.
+        with contextlib.suppress(RuntimeError, ValueError, OSError):
+            rules.add_rule(refuse, name)
+    # Threads may be made, processes not. clone3 hides its flags in memory: without it glibc falls
+    # back to clone.
+    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
+    rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, 0))
+    rules.add_rule(refuse, "tgkill", pyseccomp.Arg(0, pyseccomp.NE, os.getpid()))
+    rules.add_rule(refuse, "prlimit64", pyseccomp.Arg(0, pyseccomp.NE, 0))
+    rules.load()

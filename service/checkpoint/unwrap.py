@@ -1,0 +1,113 @@
+"""Finding the state dict in what training scripts save around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import Tensor
+
+from service.checkpoint.limits import ReadLimits
+from service.errors import LimitExceeded, NoStateDict
+
+Weights = Literal["model", "ema"]
+
+_MODEL_KEYS = (
+    *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "module"),
+    *("params", "weights"),
+)
+_EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "params_ema", "ema_net")
+_PREFIXES = ("module.", "_orig_mod.")
+_MAX_DEPTH = 4
+_MAX_NAMED = 12
+
+
+def unwrap(
+    loaded: object, weights: Weights, limits: ReadLimits
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The state dict in `loaded`, and the wrappers taken off from the outside in.
+
+    With "model" the plain weights are taken, and a moving average only from a file that holds
+    nothing else; with "ema" the moving average must be there. A prefix that data-parallel
+    (`module.`) or compiled (`_orig_mod.`) training put before every key is removed. Entries that
+    are not tensors are left out. Raises NoStateDict, naming the keys that were found.
+    """
+    top = _mapping(loaded)
+    if top is None:
+        kind = "a single tensor" if isinstance(loaded, Tensor) else f"a {type(loaded).__name__}"
+        raise NoStateDict(f"The file holds {kind}, not a mapping from names to tensors.")
+    found, wrappers, averaged = top, list[str](), False
+    for _ in range(_MAX_DEPTH):
+        model, ema = _first(found, _MODEL_KEYS), _first(found, _EMA_KEYS)
+        choice = (ema if not averaged else None) or model if weights == "ema" else model or ema
+        if choice is None:
+            break
+        averaged = averaged or choice in _EMA_KEYS
+        wrappers.append(choice)
+        inner = _mapping(found[choice])
+        assert inner is not None
+        found = inner
+    if weights == "ema" and not averaged:
+        raise NoStateDict(
+            f"The file holds no moving average; its keys are {_named(top)}.",
+            remedy="Leave out `weights` in `config`, or upload the checkpoint with the average.",
+            keys=_shown(top),
+        )
+    state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+    if not state or not all(isinstance(key, str) for key in state):
+        raise NoStateDict(_why_none(top), keys=_shown(top))
+    longest = max(map(len, state))
+    if longest > limits.key_characters:
+        raise LimitExceeded(
+            f"A key has {longest} characters; key_characters is {limits.key_characters}."
+        )
+    prefixes, state = _without_prefixes(state)
+    return state, (*wrappers, *prefixes)
+
+
+def _mapping(value: object) -> dict[Any, Any] | None:
+    """A plain dict of the items; attributes that a pickle set on the mapping are not trusted."""
+    return dict(dict.items(value)) if isinstance(value, dict) else None
+
+
+def _first(found: dict[Any, Any], names: Iterable[str]) -> str | None:
+    """The first of `names` under which there is a mapping that leads to tensors."""
+    return next((name for name in names if _leads_to_tensors(found.get(name))), None)
+
+
+def _leads_to_tensors(value: object, depth: int = _MAX_DEPTH) -> bool:
+    inner = _mapping(value)
+    if inner is None:
+        return False
+    if any(isinstance(key, str) and isinstance(item, Tensor) for key, item in inner.items()):
+        return True
+    nested = (inner.get(name) for name in (*_MODEL_KEYS, *_EMA_KEYS))
+    return depth > 0 and any(_leads_to_tensors(item, depth - 1) for item in nested)
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
+    taken = list[str]()
+    while True:
+        prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            return taken, state
+        taken.append(prefix)
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _why_none(top: dict[Any, Any]) -> str:
+    keys = _named(top)
+    if "param_groups" in top or ("optimizer" in top and not _first(top, _MODEL_KEYS)):
+        return f"The file holds an optimizer's state but no weights; its keys are {keys}."
+    if not top:
+        return "The file holds an empty mapping."
+    return f"The file's mapping leads to no tensors by name; its keys are {keys}."
+
+
+def _shown(top: dict[Any, Any]) -> list[str]:
+    return [str(key)[:80] if isinstance(key, str | int) else "?" for key in list(top)[:_MAX_NAMED]]
+
+
+def _named(top: dict[Any, Any]) -> str:
+    more = f" and {len(top) - _MAX_NAMED} more" if len(top) > _MAX_NAMED else ""
+    return ", ".join(repr(key) for key in _shown(top)) + more

@@ -1,0 +1,202 @@
+"""Functions that run in the sandboxed child: well-behaved, clumsy and hostile ones.
+
+Each takes `progress` as its last argument, as `run_sandboxed` calls it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.errors import MixedForm
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def add(a: int, b: int, progress: Progress) -> dict[str, Any]:
+    for done in range(3):
+        progress({"stage": "adding", "done": done})
+    return {"sum": a + b, "pid": os.getpid()}
+
+
+def refuse(progress: Progress) -> None:
+    raise MixedForm("Half is converted.", remedy="Convert all of it.", keys=["a.b", "c.d"])
+
+
+def refuse_oddly(progress: Progress) -> None:
+    raise MixedForm("Half is converted.", keys={1, 2})
+
+
+def divide(progress: Progress) -> float:
+    return 1 / 0
+
+
+def give_a_tensor(progress: Progress) -> object:
+    return torch.ones(1)
+
+
+def die(number: int, progress: Progress) -> None:
+    progress({"stage": "dying"})
+    os.abort() if number == signal.SIGABRT else signal.raise_signal(number)
+    time.sleep(60)
+
+
+def segfault(progress: Progress) -> None:
+    ctypes.string_at(0)
+
+
+def leave(code: int, progress: Progress) -> None:
+    os._exit(code)
+
+
+def sleep(progress: Progress) -> None:
+    progress({"pid": os.getpid()})
+    time.sleep(60)
+
+
+def spin(progress: Progress) -> None:
+    while True:
+        pass
+
+
+def allocate_bytes(size: int, progress: Progress) -> int:
+    return len(bytearray(size))
+
+
+def allocate_tensor(size: int, progress: Progress) -> float:
+    return float(torch.ones(size, dtype=torch.uint8).sum())
+
+
+def share_memory(size: int, progress: Progress) -> None:
+    """Memory that no limit of the child's own counts."""
+    import mmap
+
+    shared = mmap.mmap(-1, size)
+    for start in range(0, size, 1 << 20):
+        shared[start : start + (1 << 20)] = b"x" * (1 << 20)
+    time.sleep(60)
+
+
+def flood(progress: Progress) -> None:
+    while True:
+        os.write(_pipe(), b"{}{}{}{}" * 1000)
+
+
+def chatter(progress: Progress) -> None:
+    while True:
+        progress({})
+
+
+def say(text: bytes, progress: Progress) -> None:
+    os.write(_pipe(), text)
+    time.sleep(60)
+
+
+def _pipe() -> int:
+    """The descriptor of the pipe to the parent: the only one beside the standard three."""
+    (pipe,) = [fd for fd in range(3, 256) if Path(f"/proc/self/fd/{fd}").exists()]
+    return pipe
+
+
+def state(progress: Progress) -> dict[str, Any]:
+    """What the child finds itself with."""
+    return {
+        "descriptors": sorted(
+            int(name)
+            for name in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{name}")
+        ),
+        "cwd": os.getcwd(),
+        "nice": os.nice(0),
+        "threads": torch.get_num_threads(),
+        "main": getattr(sys.modules["__main__"], "__file__", None),
+        "core": resource.getrlimit(resource.RLIMIT_CORE)[0],
+        "modules": sorted(set(sys.modules) & {"fastapi", "pydantic", "sqlalchemy", "pytest"}),
+        "status": {
+            key: value.strip()
+            for key, _, value in (
+                line.partition(":") for line in Path("/proc/self/status").read_text().splitlines()
+            )
+            if key in ("NoNewPrivs", "CapEff", "CapPrm", "Seccomp")
+        },
+    }
+
+
+def _tried(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except OSError as error:
+        return type(error).__name__
+    return "done"
+
+
+def attack(outside: str, victim: int, progress: Progress) -> dict[str, str]:
+    """What a child under an attacker's control gets done."""
+    there = Path(outside)
+    inside = Path("inside")
+    return {
+        "write inside": _tried(lambda: inside.write_text("x")),
+        "delete inside": _tried(inside.unlink),
+        "make a folder inside": _tried(lambda: Path("folder").mkdir()),
+        "write outside": _tried(lambda: (there / "new").write_text("x")),
+        "overwrite outside": _tried(lambda: (there / "old").write_text("x")),
+        "truncate outside": _tried(lambda: os.truncate(there / "old", 0)),
+        "delete outside": _tried(lambda: (there / "old").unlink()),
+        "make a folder outside": _tried(lambda: (there / "folder").mkdir()),
+        "rename outside": _tried(lambda: (there / "old").rename(there / "moved")),
+        "link from outside": _tried(lambda: os.link(there / "old", "linked")),
+        "chmod outside": _tried(lambda: (there / "old").chmod(0o777)),
+        "tcp": _tried(lambda: socket.socket(socket.AF_INET).close()),
+        "unix": _tried(lambda: socket.socket(socket.AF_UNIX).close()),
+        "run a program": _tried(lambda: subprocess.run(["/bin/true"], check=False)),
+        "fork": _tried(_fork),
+        "kill the service": _tried(lambda: os.kill(victim, 0)),
+        "change its limits": _tried(
+            lambda: resource.prlimit(victim, resource.RLIMIT_CPU, (1 << 40, 1 << 40))
+        ),
+        "raise own limits": _tried(lambda: _raise_limit()),
+    }
+
+
+def _fork() -> None:
+    if os.fork() == 0:
+        os._exit(0)
+
+
+def _raise_limit() -> None:
+    try:
+        resource.setrlimit(resource.RLIMIT_CPU, (1 << 40, 1 << 40))
+    except ValueError as error:
+        raise PermissionError from error
+
+
+def write_much(progress: Progress) -> str:
+    def write() -> None:
+        with open("large", "wb") as file:
+            for _ in range(64):
+                file.write(bytes(1 << 20))
+
+    return _tried(write)
+
+
+def export_and_train(progress: Progress) -> dict[str, Any]:
+    """That the confinement leaves everything possible that a conversion does."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+    net.eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    image = torch.randn(2, 3, 64, 64)
+    program = torch.export.export(net, (image,), dynamic_shapes=({0: batch},))
+    torch.save(net.state_dict(), "weights.pth")
+    same = torch.allclose(program.module()(image), net(image))
+    return {"same": same, "bytes": os.path.getsize("weights.pth")}
