@@ -8,12 +8,11 @@ output size, so asymmetric padding needs nothing special. Every function here ei
 exact form of its result or raises `Inexact` with the reason.
 
 Geometry is known at once; kernels are computed only when a form is chosen, because most forms are
-only looked at for their cost.
+only looked at for their cost. Until then a form holds no copy of any weight.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -138,28 +137,53 @@ class Geometry:
         return True
 
 
+Memo = dict["Kernel", Tensor]
+"""Kernels of shared values already computed for one region, so that none is computed twice."""
+
+Kernel = Callable[[Memo], Tensor]
+"""Computes a float64 kernel `[O, C / groups, *k]`, a new tensor that the caller may overwrite."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant that is read when needed: its shape, and how to get a float64 copy of it."""
+
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor] = field(repr=False)
+
+    @staticmethod
+    def of(tensor: Tensor) -> Weight:
+        return Weight(tuple(tensor.shape), tensor.clone)
+
+
 @dataclass(frozen=True)
 class Form:
     """An affine form. `nodes` are the graph nodes it stands for, `rules` how they were joined;
-    `trivial` means that it is the root itself."""
+    `trivial` means that it is the root itself, `shared` that several operators read the value."""
 
     root: str
     layout: Layout
     geometry: Geometry
-    kernel: Callable[[], Tensor] = field(repr=False)
+    kernel: Kernel = field(repr=False)
     bias: Field = field(repr=False)
     nodes: frozenset[str] = frozenset()
     rules: frozenset[Rule] = frozenset()
     trivial: bool = False
+    shared: bool = False
 
-    def weight(self) -> Tensor:
+    def weight(self, memo: Memo | None = None) -> Tensor:
         """The float64 kernel, `[O, C / groups, *k]`."""
-        return self.kernel()
+        memo = {} if memo is None else memo
+        if not self.shared:
+            return self.kernel(memo)
+        if self.kernel not in memo:
+            memo[self.kernel] = self.kernel(memo)
+        return memo[self.kernel].clone()
 
     def joined(
         self,
         geometry: Geometry,
-        kernel: Callable[[], Tensor],
+        kernel: Kernel,
         bias: Field,
         *rules: Rule,
         others: Sequence[Form] = (),
@@ -168,12 +192,11 @@ class Form:
         nodes, all_rules = self.nodes, self.rules | set(rules)
         for other in others:
             nodes, all_rules = nodes | other.nodes, all_rules | other.rules
-        return Form(
-            self.root, self.layout, geometry, functools.cache(kernel), bias, nodes, all_rules
-        )
+        return Form(self.root, self.layout, geometry, kernel, bias, nodes, all_rules)
 
-    def with_node(self, node: str) -> Form:
-        return replace(self, nodes=self.nodes | {node})
+    def with_node(self, node: str, *, shared: bool) -> Form:
+        """The form as that of the value that `node` computes."""
+        return replace(self, nodes=self.nodes | {node}, shared=shared)
 
 
 def identity(root: str, layout: Layout, channels: int, size: tuple[int, ...]) -> Form:
@@ -183,7 +206,7 @@ def identity(root: str, layout: Layout, channels: int, size: tuple[int, ...]) ->
         root,
         layout,
         Geometry.identity(channels, size),
-        lambda: kernels.identity_kernel(channels, len(size)),
+        lambda _: kernels.identity_kernel(channels, len(size)),
         Field.constant(zero, size),
         trivial=True,
     )
@@ -194,24 +217,25 @@ def scale_shift(form: Form, scale: Tensor, shift: Tensor, *rules: Rule) -> Form:
     shape = (-1, *[1] * (1 + len(form.geometry.kernel)))
     return form.joined(
         form.geometry,
-        lambda: form.weight() * scale.reshape(shape),
+        lambda memo: form.weight(memo).mul_(scale.reshape(shape)),
         form.bias.scaled(scale, shift),
         *rules,
     )
 
 
 def add_field(form: Form, values: Tensor) -> Form:
-    """`form + values`, a float64 constant that broadcasts to `[C, *size]`."""
+    """`form + values`, a float64 constant `[C or 1, …]` with size 1 or full along every axis."""
     geometry = form.geometry
-    full = values.expand(geometry.out_channels, *geometry.out_size)
     zero = (0,) * len(geometry.out_size)
-    constant = Field(full, zero, zero, geometry.out_size).trimmed()
+    whole = values.reshape((1,) * (1 + len(zero) - values.dim()) + tuple(values.shape))
+    whole = whole.expand(geometry.out_channels, *whole.shape[1:])
+    constant = Field(whole, zero, zero, geometry.out_size).trimmed()
     return form.joined(geometry, form.kernel, form.bias.added(constant), Rule.SCALE_SHIFT)
 
 
 def convolve(
     form: Form,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[tuple[int, int]],
@@ -219,7 +243,7 @@ def convolve(
     groups: int,
     *rules: Rule,
 ) -> Form:
-    """A zero-padded convolution of `form`; `weight` is float64 `[O, M / groups, *k]`.
+    """A zero-padded convolution of `form`; `weight` is `[O, M / groups, *k]`.
 
     With padding the form must vanish outside its map by itself, because the padded value does: the
     kernel must read only zeros there (the bias field takes care of itself).
@@ -229,13 +253,13 @@ def convolve(
     after = [a for _, a in padding]
     if not inner.reads_nothing_outside(before, after):
         raise Inexact("zero padding after a spatial kernel is not a convolution of the root")
-    taps = tuple(weight.shape[2:])
+    taps = weight.shape[2:]
     extent = [(k - 1) * d + 1 for k, d in zip(taps, dilation, strict=True)]
     out_size = tuple(
         (n + b + a - e) // s + 1
         for n, b, a, e, s in zip(inner.out_size, before, after, extent, stride, strict=True)
     )
-    common = math.gcd(groups, inner.groups)
+    common = groups if form.trivial else math.gcd(groups, inner.groups)
     point_inner = all(k == 1 for k in inner.kernel)
     point_outer = all(k == 1 for k in taps)
     if point_inner:
@@ -261,9 +285,11 @@ def convolve(
         out_size=out_size,
     )
 
-    def kernel() -> Tensor:
-        outer = kernels.regrouped(weight, groups, common)
-        through = kernels.regrouped(form.weight(), inner.groups, common)
+    def kernel(memo: Memo) -> Tensor:
+        outer = kernels.regrouped(weight.load(), groups, common)
+        if form.trivial:
+            return outer
+        through = kernels.regrouped(form.weight(memo), inner.groups, common)
         if point_inner or point_outer:
             return kernels.composed(outer, through, (1,) * len(taps), common)
         return kernels.composed(
@@ -273,7 +299,11 @@ def convolve(
             common,
         )
 
-    field_out = form.bias.convolved(weight, stride, padding, dilation, groups)
+    if form.bias.is_zero():
+        nothing = torch.zeros(weight.shape[0], dtype=torch.float64)
+        field_out = Field.constant(nothing, out_size)
+    else:
+        field_out = form.bias.convolved(weight.load(), stride, padding, dilation, groups)
     if bias is not None:
         field_out = field_out.scaled(torch.ones_like(bias), bias)
     if not form.trivial:
@@ -301,10 +331,10 @@ def add(a: Form, b: Form, sign: float = 1.0) -> Form:
     if any(g.pointwise and g.depthwise for g in (ga, gb)):
         rules.append(Rule.IDENTITY)
 
-    def kernel() -> Tensor:
-        return place_a(kernels.regrouped(a.weight(), ga.groups, groups)) + sign * place_b(
-            kernels.regrouped(b.weight(), gb.groups, groups)
-        )
+    def kernel(memo: Memo) -> Tensor:
+        total = place_a(kernels.regrouped(a.weight(memo), ga.groups, groups))
+        branch = place_b(kernels.regrouped(b.weight(memo), gb.groups, groups))
+        return total.add_(branch, alpha=sign)
 
     return a.joined(geometry, kernel, a.bias.added(b.bias, sign), *rules, others=[b])
 
@@ -353,13 +383,13 @@ def concatenate(forms: Sequence[Form]) -> Form:
     total = sum(form.geometry.out_channels for form in forms)
     geometry = replace(geometry, groups=1, out_channels=total)
 
-    def kernel() -> Tensor:
+    def kernel(memo: Memo) -> Tensor:
         parts = []
         for form in forms:
             own = form.geometry
             target = replace(geometry, groups=own.groups)
             _, place, _ = _aligned(own, target)
-            parts.append(place(kernels.regrouped(form.weight(), own.groups, 1)))
+            parts.append(place(kernels.regrouped(form.weight(memo), own.groups, 1)))
         return torch.cat(parts)
 
     low = [max(form.bias.low[axis] for form in forms) for axis in range(len(geometry.kernel))]
@@ -377,8 +407,8 @@ def slice_channels(form: Form, start: int, stop: int) -> Form:
         return form
     geometry = replace(inner, out_channels=stop - start, groups=1)
 
-    def kernel() -> Tensor:
-        return kernels.regrouped(form.weight(), inner.groups, 1)[start:stop]
+    def kernel(memo: Memo) -> Tensor:
+        return kernels.regrouped(form.weight(memo), inner.groups, 1)[start:stop]
 
     return form.joined(
         geometry, kernel, form.bias.map(lambda values: values[start:stop]), Rule.CHANNELS

@@ -38,6 +38,7 @@ def analyse(program: Program) -> Analysis:
     """Interpret every node of `program` once, in order."""
     constants, specs = Constants(program), program.specs()
     order = {spec.name: -1 for spec in program.inputs}
+    readers = program.readers()
     forms: dict[str, dict[Key, Form]] = {}
     refusals: dict[str, list[str]] = {}
     linear = set()
@@ -51,7 +52,10 @@ def analyse(program: Program) -> Analysis:
         found, reasons = interpreted
         linear.add(node.name)
         nearest = sorted(found, key=lambda form: order[form.root], reverse=True)[:MAX_ROOTS]
-        forms[node.name] = {(f.root, f.layout): f.with_node(node.name) for f in nearest}
+        shared = len(readers.get(node.name, ())) > 1
+        forms[node.name] = {
+            (form.root, form.layout): form.with_node(node.name, shared=shared) for form in nearest
+        }
         if reasons:
             refusals[node.name] = list(dict.fromkeys(reasons))
     return Analysis(program, constants, specs, forms, frozenset(linear), refusals)

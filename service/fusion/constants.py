@@ -20,7 +20,8 @@ from service.graph.program import Argument, DType, Node, Program, Ref
 class Constants(Mapping[str, Tensor]):
     """Weights, and nodes that read nothing but constants, by name; floating ones in float64.
 
-    Values are computed when first read and kept. `computed` tells the nodes among them.
+    Values are computed when first read and kept; weights are converted at every reading and not
+    kept. `computed` tells the nodes among the names.
     """
 
     def __init__(self, program: Program) -> None:
@@ -44,6 +45,16 @@ class Constants(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._weights or name in self._pending
 
+    def copy(self, name: str) -> Tensor:
+        """A constant as a new tensor, floating ones in float64."""
+        value = self._weights[name] if name in self._weights else self[name]
+        return torch.clone(value) if value.dtype is torch.float64 else _widened(value)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A constant's shape, without converting a stored weight."""
+        value = self._weights[name] if name in self._weights else self[name]
+        return tuple(value.shape)
+
     def __iter__(self) -> Iterator[str]:
         yield from self._weights
         yield from self._pending
@@ -52,9 +63,9 @@ class Constants(Mapping[str, Tensor]):
         return len(self._weights) + len(self._pending)
 
     def __getitem__(self, name: str) -> Any:
+        if name in self._weights:
+            return _widened(self._weights[name])
         if name not in self._values:
-            if name in self._weights:
-                return _widened(self._weights[name])
             with torch.no_grad():
                 self._values[name] = self._compute(self._pending[name])
         return self._values[name]

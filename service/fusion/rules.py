@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from service.fusion import affine
-from service.fusion.affine import Form, Inexact, Layout, Rule
+from service.fusion.affine import Form, Inexact, Layout, Rule, Weight
 from service.fusion.constants import Constants
 from service.fusion.kernels import average_kernel, identity_kernel
 from service.graph.program import Node, Ref, TensorSpec
@@ -50,6 +50,17 @@ class Call:
             return tuple(self._value(item) for item in argument)
         return argument
 
+    def weight(self, key: str, *, transposed: bool = False) -> Weight:
+        """A constant tensor argument that is not read yet. Raises Inexact if it is no constant."""
+        reference = self.node.args[key]
+        if not isinstance(reference, Ref) or reference.name not in self.constants:
+            raise Inexact("the kernel depends on the input")
+        name = reference.name
+        shape = self.constants.shape(name)
+        if transposed:
+            return Weight(shape[::-1], lambda: self.constants.copy(name).t())
+        return Weight(shape, lambda: self.constants.copy(name))
+
     def numbers(self, key: str, count: int) -> tuple[int, ...]:
         """An integer list argument of `count` entries; ATen lets one stand for all."""
         value = self.value(key)
@@ -72,8 +83,8 @@ def layout_of(call: Call) -> Layout | None:
 
 
 def _convolution(call: Call, form: Form) -> Form:
-    weight: Tensor = call.value("weight")
-    rank = weight.dim() - 2
+    weight = call.weight("weight")
+    rank = len(weight.shape) - 2
     if call.rank != rank + 2:
         raise Inexact("the convolution runs without a batch axis")
     dilation = call.numbers("dilation", rank)
@@ -89,9 +100,9 @@ def _convolution(call: Call, form: Form) -> Form:
 
 
 def _convolution_padding(
-    call: Call, weight: Tensor, dilation: Sequence[int]
+    call: Call, weight: Weight, dilation: Sequence[int]
 ) -> list[tuple[int, int]]:
-    rank = weight.dim() - 2
+    rank = len(weight.shape) - 2
     padding = call.value("padding")
     if padding == "valid":
         return [(0, 0)] * rank
@@ -115,27 +126,27 @@ def _batch_norm(call: Call, form: Form) -> Form:
 
 
 def _linear(call: Call, form: Form) -> Form:
-    return _dense(form, call.value("weight"), call.value("bias"))
+    return _dense(form, call.weight("weight"), call.value("bias"))
 
 
 def _matmul(call: Call, form: Form) -> Form:
     key = "mat2" if call.node.op == "aten.mm" else "other"
-    matrix = call.value(key)
-    if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+    matrix = call.weight(key, transposed=True)
+    if len(matrix.shape) != 2:
         raise Inexact("the product is not with one constant matrix on the right")
-    return _dense(form, matrix.t(), None)
+    return _dense(form, matrix, None)
 
 
 def _addmm(call: Call, form: Form) -> Form:
-    matrix, bias = call.value("mat2"), call.value("self")
-    if not isinstance(matrix, Tensor) or not isinstance(bias, Tensor) or bias.dim() != 1:
+    matrix, bias = call.weight("mat2", transposed=True), call.value("self")
+    if not isinstance(bias, Tensor) or bias.dim() != 1:
         raise Inexact("the product is not with one constant matrix and one bias")
     if call.value("alpha") != 1 or call.value("beta") != 1:
         raise Inexact("the product is scaled")
-    return _dense(form, matrix.t(), bias)
+    return _dense(form, matrix, bias)
 
 
-def _dense(form: Form, weight: Tensor, bias: Tensor | None) -> Form:
+def _dense(form: Form, weight: Weight, bias: Tensor | None) -> Form:
     return affine.convolve(form, weight, bias, (), (), (), 1, Rule.LINEAR)
 
 
@@ -159,7 +170,7 @@ def _average_pool(call: Call, form: Form) -> Form:
     channels = geometry.out_channels
     return affine.convolve(
         form,
-        average_kernel(channels, size, divisor),
+        Weight.of(average_kernel(channels, size, divisor)),
         None,
         stride,
         [(n, n) for n in padding],
@@ -211,7 +222,7 @@ def _slice_space(form: Form, axis: int, start: int, stop: int, step: int) -> For
     stride = [step if index == axis else 1 for index in range(rank)]
     return affine.convolve(
         cropped,
-        identity_kernel(channels, rank),
+        Weight.of(identity_kernel(channels, rank)),
         None,
         stride,
         [(0, 0)] * rank,
