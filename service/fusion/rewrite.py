@@ -244,7 +244,12 @@ def _view(node: Node, value: str) -> Node:
         raise FusionError(f"{node.name} has two unknown sizes, so its view cannot be written.")
     size = tuple(-1 if n is None else n for n in shape)
     return Node(
-        node.name, "aten.view", {"self": Ref(value), "size": size}, shape, node.dtype, node.source
+        node.name,
+        "aten.reshape",
+        {"self": Ref(value), "shape": size},
+        shape,
+        node.dtype,
+        node.source,
     )
 
 

@@ -25,6 +25,7 @@ _SPLITS = {
     torch.ops.aten.split_with_sizes.default,
     torch.ops.aten.chunk.default,
 }
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 _ARITHMETIC: dict[Callable[..., Any], str] = {
     operator.add: "math.add",
     operator.sub: "math.sub",
@@ -131,6 +132,10 @@ class _Translation:
             self._batch_norm(fx_node)
         elif target in _SPLITS:
             self.names[fx_node] = ""  # each part becomes a slice where it is taken
+        elif target in _VIEWS:
+            # A view asks for strides that hold in the traced layout only; a reshape does not.
+            source, shape = (self._argument(value) for value in fx_node.args)
+            self._emit(fx_node, "aten.reshape", {"self": source, "shape": shape})
         elif target in _ARITHMETIC:
             args = {
                 key: self._argument(value) for key, value in zip("ab", fx_node.args, strict=True)
