@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from service.fusion.engine import Fusion
+from service.fusion.siblings import merge_siblings
 from service.graph.module import run
 from service.graph.operators import DTYPES
 from service.graph.program import Program, TensorSpec
@@ -88,8 +89,10 @@ def certify(
     """
     started = time.perf_counter()
     limits = limits or CertificateLimits()
-    exact = fusion.program_in("float64")
-    checks = check_regions(fusion, exact, seed, progress)
+    unmerged = fusion.rewritten_in("float64")
+    exact = merge_siblings(unmerged).program
+    checks = check_regions(fusion, unmerged, seed, progress)
+    checks += check_merges(fusion, unmerged, exact, seed)
     ends = check_ends(
         fusion.source, exact, (served or fusion.program).to(precision), precision, probes, seed
     )
@@ -136,6 +139,19 @@ def check_regions(
         checks.append(RegionCheck(region.module, _deviation(run(old, probe), run(new, probe))))
         if progress is not None:
             progress(index + 1, len(fusion.regions))
+    return checks
+
+
+def check_merges(fusion: Fusion, unmerged: Program, exact: Program, seed: int) -> list[RegionCheck]:
+    """Compare every merged group of sibling convolutions with the separate ones, in float64."""
+    specs = unmerged.specs()
+    checks = []
+    for index, merge in enumerate(fusion.merges):
+        probe = make_probe(specs[merge.source], 1, seed + index)
+        old = run(unmerged.extract([merge.source], merge.outputs), probe)
+        new = run(exact.extract([merge.source], merge.outputs), probe)
+        error = max(_deviation([a], [b]) for a, b in zip(old, new, strict=True))
+        checks.append(RegionCheck(" + ".join(merge.modules), error))
     return checks
 
 

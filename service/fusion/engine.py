@@ -11,6 +11,7 @@ from service.fusion.analysis import Analysis, analyse
 from service.fusion.cover import Cover, cover
 from service.fusion.report import Report, make_report
 from service.fusion.rewrite import Region, rewrite
+from service.fusion.siblings import Merge, merge_siblings
 from service.graph.program import Program
 from service.graph.trace import trace
 
@@ -27,13 +28,18 @@ class Fusion:
     program: Program
     report: Report
     regions: tuple[Region, ...]
+    merges: tuple[Merge, ...]
     renamed: Mapping[str, str]
     analysis: Analysis
     cover: Cover
 
+    def rewritten_in(self, dtype: str) -> Program:
+        """One operator a region, before siblings are merged, stored in `dtype`."""
+        return rewrite(self.analysis, self.cover, dtype).program
+
     def program_in(self, dtype: str) -> Program:
         """The fused program with kernels computed in float64 and stored in `dtype`."""
-        return rewrite(self.analysis, self.cover, dtype).program
+        return merge_siblings(self.rewritten_in(dtype)).program
 
 
 def fuse(network: Program | nn.Module, example: tuple[Tensor, ...] | None = None) -> Fusion:
@@ -52,12 +58,14 @@ def fuse(network: Program | nn.Module, example: tuple[Tensor, ...] | None = None
     analysis = analyse(network)
     chosen = cover(analysis)
     rewritten = rewrite(analysis, chosen, "float32")
-    report = make_report(analysis, chosen, rewritten)
+    merged = merge_siblings(rewritten.program)
+    report = make_report(analysis, chosen, rewritten.regions, merged)
     return Fusion(
         source=network,
-        program=rewritten.program,
+        program=merged.program,
         report=report,
         regions=rewritten.regions,
+        merges=merged.merges,
         renamed=rewritten.renamed,
         analysis=analysis,
         cover=chosen,

@@ -10,8 +10,9 @@ from service.fusion.affine import Rule
 from service.fusion.analysis import Analysis
 from service.fusion.cost import convolution_count, node_macs, program_macs
 from service.fusion.cover import BORDER_REASON, Cover, usable
-from service.fusion.rewrite import Region, Rewritten
+from service.fusion.rewrite import Region
 from service.fusion.rules import CONVOLUTIONS
+from service.fusion.siblings import Merge, Merged
 from service.graph.program import Node, Program, TensorSpec
 
 
@@ -67,12 +68,19 @@ class Totals:
 
 @dataclass(frozen=True)
 class Report:
+    """Every block, and the groups of sibling convolutions that were merged afterwards."""
+
     blocks: tuple[Block, ...]
+    merges: tuple[Merge, ...]
     totals: Totals
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: `{"totals": …, "blocks": […]}`."""
-        return {"totals": asdict(self.totals), "blocks": [asdict(block) for block in self.blocks]}
+        """JSON-able: `{"totals": …, "blocks": […], "merges": […]}`."""
+        return {
+            "totals": asdict(self.totals),
+            "blocks": [asdict(block) for block in self.blocks],
+            "merges": [asdict(merge) for merge in self.merges],
+        }
 
     def to_text(self) -> str:
         """A table for a terminal, one line a block."""
@@ -82,6 +90,7 @@ class Report:
             f"{block.reason or ', '.join(block.rules)}"
             for block in self.blocks
         ]
+        lines += [f"merged   {', '.join(merge.modules)}" for merge in self.merges]
         t = self.totals
         lines.append(
             f"{t.fused} fused, {t.kept} kept, {t.refused} refused; convolutions "
@@ -91,10 +100,12 @@ class Report:
         return "\n".join(lines)
 
 
-def make_report(analysis: Analysis, cover: Cover, rewritten: Rewritten) -> Report:
-    """Describe what `rewrite` did with `cover`."""
+def make_report(
+    analysis: Analysis, cover: Cover, fused: Sequence[Region], merged: Merged
+) -> Report:
+    """Describe what was done with `cover`, ending in the program of `merged`."""
     nodes = {node.name: node for node in analysis.program.nodes}
-    regions = {region.output: region for region in rewritten.regions}
+    regions = {region.output: region for region in fused}
     blocks = []
     for name, form in cover.chosen.items():
         if form is not None and name in regions:
@@ -103,7 +114,8 @@ def make_report(analysis: Analysis, cover: Cover, rewritten: Rewritten) -> Repor
                 blocks.append(block)
         elif form is None and nodes[name].op in CONVOLUTIONS:
             blocks.append(_kept_block(nodes[name], analysis, cover, nodes))
-    return Report(tuple(blocks), _totals(blocks, analysis.program, rewritten.program))
+    totals = _totals(blocks, analysis.program, merged.program)
+    return Report(tuple(blocks), merged.merges, totals)
 
 
 def _fused_block(region: Region, analysis: Analysis, nodes: dict[str, Node]) -> Block:
