@@ -199,11 +199,11 @@ class Worker:
 
 
 def convert_in_child(
-    progress: pipeline.Progress,
     source: str,
     config: dict[str, Any],
     scratch: str,
     limits: ReadLimits,
+    progress: pipeline.Progress,
 ) -> dict[str, Any]:
     """Runs in the child process: plain values in, plain values out."""
     checked = ModelConfig.from_json(json.dumps(config))
