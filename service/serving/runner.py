@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -115,22 +114,19 @@ async def start_runner(
     device: DeviceThread,
     limits: BatchLimits,
 ) -> Runner:
-    """Read a program off the loop, prepare it on its device and warm it, step by step.
+    """Read and prepare a program off the loop, then warm it on its device, step by step.
 
-    The device serves other programs between the steps. Raises what `read` raises, and
+    The device serves other programs meanwhile and between the steps. Raises what `read` raises, and
     BackendFailed when the program cannot run as `options` ask.
     """
     started = time.monotonic()
     backend = backend_named(options.backend)
-    program = await asyncio.to_thread(read)
-    prepare: Callable[[], Prepared] = partial(
-        backend.prepare,
-        program,
-        device.device,
-        options.precision,
-        powers_of_two(options.max_batch),
-    )
-    prepared = await device.call(prepare)
+
+    def prepare() -> Prepared:
+        sizes = powers_of_two(options.max_batch)
+        return backend.prepare(read(), device.device, options.precision, sizes)
+
+    prepared = await asyncio.to_thread(prepare)
     try:
         await run_steps(device, prepared.warm())
     except BaseException:

@@ -40,7 +40,7 @@ class Description:
 
 
 class Prepared(Protocol):
-    """A program that is ready to run on one device; used by one thread at a time.
+    """A program on its device; made by any thread, then warmed and used by one alone.
 
     `item_shape` is the shape of one row (without the batch axis) and `dtype` the type that rows
     must have. `batch_sizes` ascend; `run` takes any number of rows up to the last of them.
@@ -87,6 +87,8 @@ class Backend(Protocol):
         self, program: Program, device: str, precision: Precision, batch_sizes: Sequence[int]
     ) -> Prepared:
         """Load `program` onto `device` for up to `max(batch_sizes)` rows at once; not yet warm.
+
+        Computes nothing, so it may run beside a device that serves.
 
         Raises BackendFailed when the program, the device or the precision is not possible here.
         """

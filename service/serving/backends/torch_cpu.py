@@ -46,7 +46,7 @@ class TorchCpu:
         floating = self.spec.dtype.is_floating_point
         self._dtype = getattr(torch, precision) if floating else self.spec.dtype
         self._layout = torch.contiguous_format
-        self._threads = torch.get_num_threads()  # of this thread, which will run it
+        self._threads = torch.get_num_threads()
         self._notes: tuple[str, ...] = ()
         planar = computing_program(program, precision, torch.contiguous_format)
         self._bytes = planar.weight_bytes
@@ -63,6 +63,7 @@ class TorchCpu:
 
     def warm(self) -> Iterator[None]:
         """Choose the memory format, then run every prepared size."""
+        self._threads = torch.get_num_threads()  # a thread has its own number
         if self._undecided is not None and self._module is not None:
             yield from self._choose_layout(self._module, self._undecided)
             self._undecided = None

@@ -56,7 +56,7 @@ class TorchCuda:
         floating = self.spec.dtype.is_floating_point
         self._dtype = getattr(torch, dtype_name(precision)) if floating else self.spec.dtype
         self._layout = torch.channels_last if len(self.spec.shape) == 3 else torch.contiguous_format
-        self._threads = torch.get_num_threads()  # of this thread, which will run it
+        self._threads = torch.get_num_threads()
         self._notes: tuple[str, ...] = ()
         computing = computing_program(program, precision, self._layout)
         self._bytes = computing.weight_bytes
@@ -77,6 +77,7 @@ class TorchCuda:
 
     def warm(self) -> Iterator[None]:
         """Capture a graph per prepared size, then run every one of them."""
+        self._threads = torch.get_num_threads()  # a thread has its own number
         yield from self._capture()
         yield from warm_up(self, self.spec)
 

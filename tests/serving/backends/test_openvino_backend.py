@@ -1,0 +1,115 @@
+"""OpenVINO as a backend, against the module in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from service.errors import BackendFailed
+from service.graph import Program, trace
+from service.serving import Precision, Prepared, backend_named, backend_names
+
+pytest.importorskip("openvino", reason="the optional package openvino is not installed")
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.linear(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+        return logits, logits * 2
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+@pytest.fixture(scope="module")
+def program(module: nn.Module) -> Program:
+    return trace(module, (torch.zeros(1, 3, 10, 10),))
+
+
+def _prepare(program: Program, precision: Precision = "float32", largest: int = 6) -> Prepared:
+    prepared = backend_named("openvino").prepare(program, "cpu", precision, (1, largest))
+    list(prepared.warm())
+    return prepared
+
+
+def test_it_is_listed() -> None:
+    assert backend_names() == ("torch", "openvino")
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_every_number_of_rows_gives_the_modules_outputs_in_order(
+    module: nn.Module, program: Program, precision: Precision, tolerance: float
+) -> None:
+    prepared = _prepare(program, precision)
+    double = Small().double().eval()
+    double.load_state_dict(module.state_dict())
+    for size in (1, 2, 3, 5, 6):  # one row on all threads, more in pieces of equal and other sizes
+        batch = torch.randn(size, 3, 10, 10, generator=torch.Generator().manual_seed(size))
+        with torch.no_grad():
+            truth = double(batch.double())[0]
+        logits, twice = prepared.run(batch)
+        assert logits.shape == (size, 5)
+        assert logits.dtype == torch.float32
+        errors = (logits.double() - truth).norm(dim=1) / truth.norm(dim=1)
+        assert errors.max() < tolerance
+        torch.testing.assert_close(twice, logits * 2, rtol=1e-2, atol=1e-3)
+        if precision == "float32":
+            assert not torch.allclose(logits[:1].double(), truth[-1:], rtol=1e-5) or size == 1
+
+
+def test_a_later_run_does_not_overwrite_an_earlier_answer(program: Program) -> None:
+    prepared = _prepare(program)
+    for size in (1, 4):
+        first = prepared.run(torch.ones(size, 3, 10, 10))[0]
+        kept = first.clone()
+        prepared.run(torch.full((size, 3, 10, 10), -3.0))
+        assert torch.equal(first, kept)
+
+
+def test_rows_in_any_memory_format_are_accepted(program: Program) -> None:
+    prepared = _prepare(program)
+    batch = torch.randn(4, 3, 10, 10)
+    last = batch.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(prepared.run(batch)[0], prepared.run(last)[0])
+
+
+def test_the_description_says_how_threads_are_used(program: Program) -> None:
+    data = _prepare(program).describe().to_dict()
+    assert (data["backend"], data["precision"], data["threads"]) == ("openvino", "float32", 2)
+    assert data["layout"] == "2 x 1 thread"
+    assert _prepare(program, largest=1).describe().layout == "1 x 2 threads"
+
+
+def test_what_it_cannot_do_is_refused(program: Program) -> None:
+    backend = backend_named("openvino")
+    with pytest.raises(BackendFailed, match="runs on `cpu`"):
+        backend.prepare(program, "cuda:0", "float32", (1,))
+    with pytest.raises(BackendFailed, match="float16 is not computed"):
+        backend.prepare(program, "cpu", "float16", (1,))
+
+
+def test_an_unloaded_program_does_not_run(program: Program) -> None:
+    prepared = _prepare(program)
+    prepared.close()
+    with pytest.raises(BackendFailed, match="unloaded"):
+        prepared.run(torch.zeros(1, 3, 10, 10))
