@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -20,12 +20,14 @@ from service.errors import (
     InvalidConfig,
     MissingKeys,
     MixedForm,
+    RecognitionError,
     ShapeMismatch,
     UnexpectedKeys,
     UnknownArchitecture,
 )
 from service.networks.base import deploy_skeleton
 from service.networks.config import ModelConfig, Requested
+from service.networks.dialects import Renaming, renamed, translate
 from service.networks.family import Family, Values
 from service.networks.keys import Keys, Shape, show
 from service.networks.table import FAMILIES
@@ -54,6 +56,11 @@ class Recognition:
     evidence: tuple[str, ...]
     assumed: tuple[str, ...]
     dropped: tuple[str, ...]
+    renaming: Renaming = field(default_factory=Renaming)
+
+    def public_key(self, key: str) -> str:
+        """The name of one of the built network's keys in the project the file came from."""
+        return self.renaming.theirs(key)
 
 
 def recognise(state: Mapping[str, Tensor], config: ModelConfig | None = None) -> Recognition:
@@ -63,7 +70,26 @@ def recognise(state: Mapping[str, Tensor], config: ModelConfig | None = None) ->
     keys in `keys`) or InvalidConfig.
     """
     config = config or ModelConfig()
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    own = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    project, renaming = translate(Keys(own))
+    names = renamed(own, renaming)
+    shapes = {names[key]: shape for key, shape in own.items()}
+    try:
+        recognition = _recognise(shapes, config)
+    except RecognitionError as error:
+        raise _in_their_words(error, renaming) from None
+    if project is None:
+        return recognition
+    theirs = {ours: key for key, ours in names.items()}
+    return replace(
+        recognition,
+        evidence=(f"The keys are {project}'s names of this network.", *recognition.evidence),
+        dropped=tuple(theirs[key] for key in recognition.dropped),
+        renaming=renaming,
+    )
+
+
+def _recognise(shapes: Mapping[str, Shape], config: ModelConfig) -> Recognition:
     keys = Keys(shapes)
     requested = config.requested()
     family, published = _choose(keys, requested)
@@ -117,7 +143,9 @@ def build(recognition: Recognition, state: Mapping[str, Tensor]) -> nn.Module:
     if recognition.form == "deploy":
         module = deploy_skeleton(module)
     own = module.state_dict()
-    wanted = {key: tensor for key, tensor in state.items() if key not in recognition.dropped}
+    kept = {key: tensor for key, tensor in state.items() if key not in recognition.dropped}
+    names = renamed(kept, recognition.renaming)
+    wanted = {names[key]: tensor for key, tensor in kept.items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
     _check(family, {key: tuple(tensor.shape) for key, tensor in own.items()}, shapes)
     for key in own:
@@ -245,6 +273,18 @@ def _name(family: Family, values: Values) -> str:
 def _fixed(sentence: str, values: Values) -> bool:
     """Whether the config fixed the value that an `assumed` sentence begins with."""
     return sentence.split(" ", 1)[0].strip("`") in values
+
+
+def _in_their_words(error: RecognitionError, renaming: Renaming) -> RecognitionError:
+    """The same refusal with every key as the file spells it."""
+    if not renaming.pairs:
+        return error
+    detail = re.sub(r"`([^`]+)`", lambda match: f"`{renaming.theirs(match[1])}`", error.detail)
+    extra = dict(error.extra)
+    for name in ("keys", "unexpected"):
+        if name in extra:
+            extra[name] = [renaming.theirs(key) for key in extra[name]]
+    return type(error)(detail, remedy=error.remedy, **extra)
 
 
 def _list(keys: Iterable[str]) -> str:

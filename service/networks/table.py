@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from service.networks import acb, acnet_keys, dbb, mobilenet, orepa_keys, repvgg, resnet, unit_vgg
+from service.networks import (
+    acb,
+    acnet_keys,
+    dbb,
+    fastvit,
+    mobilenet,
+    mobileone,
+    orepa_keys,
+    repvgg,
+    resnet,
+    unit_vgg,
+)
 from service.networks.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -12,6 +23,8 @@ FAMILIES: tuple[Family, ...] = (
     *repvgg.ROWS,
     *dbb.ROWS,
     *acb.ROWS,
+    *fastvit.ROWS,
+    *mobileone.ROWS,
     *resnet.ROWS,
     *mobilenet.ROWS,
 )
