@@ -27,8 +27,9 @@ class LoadOptions:
     """How to load a version.
 
     `device`: `cpu`, `cuda`, `cuda:N`, or `auto` for a CUDA device if there is one. `backend`: one
-    of `backend_names()`. `precision`: what it computes in. `max_batch` (rows, default 32): the
-    largest batch; powers of two up to it are prepared.
+    of `backend_names()`, or `auto` for the fastest of them that agrees. `precision`: what it
+    computes in. `max_batch` (rows, default 32): the largest batch; powers of two up to it are
+    prepared.
     """
 
     device: str = "auto"
