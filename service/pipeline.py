@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from service.checkpoint import Checkpoint, ReadLimits, read_checkpoint
 from service.errors import CertificateFailed, InvalidConfig, InvalidProgram
-from service.fusion import Certificate, Fusion, block_tensors, certify, fuse
+from service.fusion import (
+    Certificate,
+    Fusion,
+    block_tensors,
+    certify,
+    fuse,
+    quantisation_report,
+    ranges_to_dict,
+)
 from service.graph import Program, load_program, save_program, trace
 from service.networks import (
     ModelConfig,
@@ -177,6 +185,7 @@ def write(
         "architecture": network.architecture,
         "certificate": certificate.to_dict(),
         **fusion.report.to_dict(),
+        "quantisation": ranges_to_dict(quantisation_report(fusion)),
     }
     errors = {check.module: check.error for check in certificate.regions}
     for block in document["blocks"]:

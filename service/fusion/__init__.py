@@ -4,6 +4,7 @@ from service.fusion.affine import Rule
 from service.fusion.blocks import block_tensors
 from service.fusion.certificate import Certificate, CertificateLimits, certify
 from service.fusion.engine import Fusion, fuse
+from service.fusion.ranges import LayerRange, quantisation_report, ranges_to_dict
 from service.fusion.report import Block, Report, Totals
 
 __all__ = [
@@ -11,10 +12,13 @@ __all__ = [
     "Certificate",
     "CertificateLimits",
     "Fusion",
+    "LayerRange",
     "Report",
     "Rule",
     "Totals",
     "block_tensors",
     "certify",
     "fuse",
+    "quantisation_report",
+    "ranges_to_dict",
 ]

@@ -1,0 +1,158 @@
+"""Readiness for int8: how wide the values are that a quantiser would have to hold.
+
+Fusing can widen a kernel: an identity branch behind a batch norm with a small variance adds a spike
+to every centre tap, and per-tensor quantisation of the sum then loses the rest (Chu et al. 2022,
+QARepVGG, §3: RepVGG falls from 72 % to 52 % top-1). What counts is the signal-to-noise ratio that a
+symmetric 8-bit grid leaves, before and after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.fusion.certificate import make_probe
+from service.fusion.cost import node_macs
+from service.fusion.engine import Fusion
+from service.fusion.rewrite import Region
+from service.fusion.rules import CONVOLUTIONS
+from service.graph.module import run
+from service.graph.program import Node, Ref
+
+LEVELS = 127
+"""Positive levels of a symmetric 8-bit grid."""
+
+WIDENED_DB = 6.0
+"""Loss of signal-to-noise ratio from which a layer is warned about, in decibels (6 is one bit)."""
+
+
+@dataclass(frozen=True)
+class KernelRange:
+    """A kernel as a quantiser sees it.
+
+    `spread` is the widest output channel's largest entry over the median channel's;
+    `sqnr_tensor` and `sqnr_channel` are signal to quantisation noise in decibels with one scale for
+    the kernel, and one a channel.
+    """
+
+    largest: float
+    deviation: float
+    spread: float
+    sqnr_tensor: float
+    sqnr_channel: float
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """One fused layer: its main branch's kernel before, its kernel after, its output on a probe.
+
+    Activations are `[smallest, largest]` and the largest over the 99.9th percentile of magnitudes.
+    """
+
+    module: str
+    before: KernelRange | None
+    after: KernelRange
+    activation: tuple[float, float]
+    activation_spread: float
+    warning: str | None
+
+
+def quantisation_report(fusion: Fusion, seed: int = 2021) -> tuple[LayerRange, ...]:
+    """Ranges of every fused layer, with a warning where fusing widened the kernel."""
+    weights = fusion.program.weights
+    regions = [region for region in fusion.regions if region.weight in weights]
+    outputs = _outputs(fusion, regions, seed)
+    nodes = {node.name: node for node in fusion.source.nodes}
+    layers = []
+    for region in regions:
+        assert region.weight is not None
+        before = _main_branch(fusion, [nodes[name] for name in sorted(region.form.nodes)])
+        after = kernel_range(weights[region.weight].double())
+        low, high, spread = outputs.get(region.output, (math.nan, math.nan, math.nan))
+        layers.append(
+            LayerRange(region.module, before, after, (low, high), spread, _warning(before, after))
+        )
+    return tuple(layers)
+
+
+def kernel_range(kernel: Tensor) -> KernelRange:
+    """Statistics of a kernel `[O, …]`."""
+    rows = kernel.double().reshape(kernel.shape[0], -1)
+    per_channel = rows.abs().amax(dim=1)
+    largest = float(per_channel.max())
+    median = float(per_channel.median())
+    return KernelRange(
+        largest=largest,
+        deviation=float(rows.std(correction=0)),
+        spread=largest / median if median > 0 else math.inf,
+        sqnr_tensor=sqnr(rows, rows.abs().amax().reshape(1, 1)),
+        sqnr_channel=sqnr(rows, per_channel.reshape(-1, 1)),
+    )
+
+
+def sqnr(values: Tensor, largest: Tensor) -> float:
+    """Signal to noise, in decibels, of rounding to a symmetric 8-bit grid up to `largest`."""
+    step = (largest / LEVELS).clamp_min(torch.finfo(torch.float64).tiny)
+    noise = float((values - (values / step).round() * step).square().sum())
+    signal = float(values.square().sum())
+    if noise == 0.0 or signal == 0.0:
+        return 200.0
+    return 10 * math.log10(signal / noise)
+
+
+def _outputs(
+    fusion: Fusion, regions: Iterable[Region], seed: int
+) -> dict[str, tuple[float, float, float]]:
+    """Smallest, largest and spread of every region's output on one random probe."""
+    existing = {node.name for node in fusion.program.nodes}
+    names = [region.output for region in regions if region.output in existing]
+    if not names:
+        return {}
+    inputs = [make_probe(spec, 2, seed).float() for spec in fusion.program.inputs]
+    observed = run(replace(fusion.program, outputs=tuple(names)), *inputs)
+    result = {}
+    for name, value in zip(names, observed, strict=True):
+        magnitudes = value.abs().flatten()
+        kept = max(1, math.ceil(magnitudes.numel() * 0.999))
+        typical = float(magnitudes.kthvalue(kept).values)
+        largest = float(magnitudes.max())
+        spread = largest / typical if typical > 0 else math.inf
+        result[name] = (float(value.min()), float(value.max()), spread)
+    return result
+
+
+def _main_branch(fusion: Fusion, members: Iterable[Node]) -> KernelRange | None:
+    """The kernel of the branch with the most arithmetic, as it was trained."""
+    specs, constants = fusion.analysis.specs, fusion.analysis.constants
+    convolutions = [node for node in members if node.op in CONVOLUTIONS]
+    if not convolutions:
+        return None
+    weight = max(convolutions, key=lambda node: node_macs(node, specs)).args["weight"]
+    if not isinstance(weight, Ref) or weight.name not in constants:
+        return None
+    return kernel_range(constants[weight.name])
+
+
+def _warning(before: KernelRange | None, after: KernelRange) -> str | None:
+    if before is None or before.sqnr_tensor - after.sqnr_tensor < WIDENED_DB:
+        return None
+    lost = before.sqnr_tensor - after.sqnr_tensor
+    remedy = (
+        "quantise a channel at a time"
+        if after.sqnr_channel - after.sqnr_tensor >= lost / 2
+        else "expect a loss of accuracy in int8 even with one scale a channel"
+    )
+    return (
+        f"fusing widened the kernel: 8 bits leave {after.sqnr_tensor:.1f} dB with one scale, "
+        f"{lost:.1f} dB less than the main branch; {remedy}"
+    )
+
+
+def ranges_to_dict(layers: Iterable[LayerRange]) -> list[dict[str, Any]]:
+    """JSON-able."""
+    return [asdict(layer) for layer in layers]
