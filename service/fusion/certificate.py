@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from service.fusion.engine import Fusion
+from service.fusion.jsonable import jsonable
 from service.fusion.siblings import merge_siblings
 from service.graph.module import run
 from service.graph.operators import DTYPES
@@ -69,7 +70,7 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return asdict(self)
+        return jsonable(self)
 
 
 def certify(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from service.fusion.certificate import make_probe
 from service.fusion.cost import node_macs
 from service.fusion.engine import Fusion
+from service.fusion.jsonable import jsonable
 from service.fusion.rewrite import Region
 from service.fusion.rules import CONVOLUTIONS
 from service.graph.module import run
@@ -154,5 +155,5 @@ def _warning(before: KernelRange | None, after: KernelRange) -> str | None:
 
 
 def ranges_to_dict(layers: Iterable[LayerRange]) -> list[dict[str, Any]]:
-    """JSON-able."""
-    return [asdict(layer) for layer in layers]
+    """JSON-able; a number that is not finite becomes null."""
+    return [jsonable(layer) for layer in layers]

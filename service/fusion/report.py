@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from service.fusion.affine import Rule
 from service.fusion.analysis import Analysis
 from service.fusion.cost import convolution_count, node_macs, program_macs
 from service.fusion.cover import BORDER_REASON, Cover, usable
+from service.fusion.jsonable import jsonable
 from service.fusion.rewrite import Region
 from service.fusion.rules import CONVOLUTIONS
 from service.fusion.siblings import Merge, Merged
@@ -77,9 +78,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: `{"totals": …, "blocks": […], "merges": […]}`."""
         return {
-            "totals": asdict(self.totals),
-            "blocks": [asdict(block) for block in self.blocks],
-            "merges": [asdict(merge) for merge in self.merges],
+            "totals": jsonable(self.totals),
+            "blocks": [jsonable(block) for block in self.blocks],
+            "merges": [jsonable(merge) for merge in self.merges],
         }
 
     def to_text(self) -> str:
