@@ -20,8 +20,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 PREFIX = "FOLDSERVE_"
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
-# Variables with the prefix that are not settings: the test suite reads them, the service never.
-_NOT_SETTINGS = frozenset({"FOLDSERVE_CONFORMANCE"})
+# Variables with the prefix that are no settings: tests and the commands for a remote service read
+# them.
+_NOT_SETTINGS = frozenset({"FOLDSERVE_CONFORMANCE", "FOLDSERVE_URL"})
 
 
 def _setting(default: Any, unit: str, description: str, **constraints: Any) -> Any:
@@ -93,24 +94,33 @@ class Settings(BaseSettings):
     )
 
     # Reading untrusted checkpoints
-    reader_entries: int = _setting(
-        65_536, "entries", "Most entries of a zip container, or tensors of a state dict.", ge=1
+    reader_archive_entries: int = _setting(
+        100_000, "entries", "Most entries of a zip container.", ge=1
+    )
+    reader_archive_expansion: float = _setting(
+        1.05, "ratio", "Most bytes that a zip's entries may claim, relative to the file.", ge=1
     )
     reader_header_bytes: int = _setting(
-        64 * MIB, "bytes", "Largest safetensors header, or pickle that describes the tensors.", ge=8
+        32 * MIB, "bytes", "Largest JSON header of a safetensors file.", ge=8
     )
-    reader_expansion: float = _setting(
-        1.05, "ratio", "Most tensor bytes that a file may claim, relative to its own size.", ge=1
+    reader_pickle_bytes: int = _setting(
+        32 * MIB, "bytes", "Largest pickle of a torch file, its tensors not counted.", ge=8
     )
-    reader_key_chars: int = _setting(512, "characters", "Longest key of a state dict.", ge=1)
-    reader_depth: int = _setting(16, "levels", "Deepest nesting of a checkpoint's mappings.", ge=1)
+    reader_pickle_operations: int = _setting(
+        4_000_000, "instructions", "Longest pickle; a tensor takes about 40.", ge=1
+    )
+    reader_tensors: int = _setting(50_000, "tensors", "Most tensors of a checkpoint.", ge=1)
+    reader_tensor_expansion: float = _setting(
+        2.0, "ratio", "Most tensor bytes that a file may claim, relative to its own size.", ge=1
+    )
+    reader_key_characters: int = _setting(512, "characters", "Longest key of a state dict.", ge=1)
 
     # Conversion, in its child process
     conversion_seconds: float = _setting(
         600.0, "s", "Longest time that one conversion may take.", gt=0
     )
     conversion_memory_bytes: int = _setting(
-        16 * GIB, "bytes", "Address space of the conversion process.", ge=GIB
+        8 * GIB, "bytes", "Private memory that one conversion may take.", ge=64 * MIB
     )
     conversion_attempts: int = _setting(
         2, "attempts", "Times a conversion that the service's end interrupted is taken up.", ge=1
@@ -156,8 +166,8 @@ class Settings(BaseSettings):
     )
     decode_threads: int = _setting(2, "threads", "Threads that decode images.", ge=1)
     top_k: int = _setting(5, "labels", "Labels in an answer that does not ask with `top_k`.", ge=1)
-    load_retry_seconds: float = _setting(
-        30.0, "s", "Pause before a model that failed to load is tried again.", gt=0
+    idle_unload_seconds: float = _setting(
+        600.0, "s", "Training forms and versions that are no default are unloaded after this.", gt=0
     )
 
     # Benchmark

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "service"
 # so the whole house may raise from it; `settings` stays away from the engine and its programs.
 _LEAVES = frozenset({"errors", "settings"})
 ALLOWED: dict[str, frozenset[str]] = {
-    "__init__": frozenset(),
+    "__init__": frozenset({"graph"}),  # `service.pack`, imported when it is called
     "errors": frozenset(),
     "settings": frozenset(),
     "graph": frozenset({"errors"}),
@@ -31,11 +31,15 @@ ALLOWED: dict[str, frozenset[str]] = {
     "worker": _LEAVES
     | {"pipeline", "checkpoint", "networks", "graph", "fusion", "store"}
     | {"serving", "bench"},
+    "hosting": _LEAVES
+    | {"worker", "checkpoint", "networks", "graph", "store"}
+    | {"serving", "bench"},
     "web": _LEAVES,
     "client": _LEAVES,
-    "api": _LEAVES | {"pipeline", "worker", "serving", "bench", "store", "web"},
+    "api": _LEAVES | {"pipeline", "worker", "hosting", "serving", "bench", "store"} | {"web"},
     "demo": _LEAVES | {"client", "networks"},
-    "cli": _LEAVES | {"api", "pipeline", "serving", "bench", "store", "client", "demo"},
+    "commands": _LEAVES | {"__init__", "client", "pipeline", "worker", "hosting"},
+    "cli": _LEAVES | {"api", "commands", "demo"},
 }
 
 
@@ -59,7 +63,7 @@ def imported_layers(source: str, path: Path, package: Path) -> set[str]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "service" and len(parts) > 1 and parts[1] != "__version__":
-                found.add(parts[1])
+                found.add("__init__" if parts[1] == "pack" else parts[1])
     return found
 
 

@@ -1,0 +1,98 @@
+"""The application: its parts opened and closed in order, its routes, its answers to errors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from service import __version__
+from service.api import (
+    benchmark,
+    downloads,
+    events,
+    health,
+    models,
+    pages,
+    predict,
+    problems,
+    uploads,
+)
+from service.api.metrics import Metrics
+from service.api.middleware import AroundEveryRequest
+from service.api.state import Service
+from service.hosting import Host, worker_limits
+from service.serving import BatchLimits, ModelSet, ModelSetLimits
+from service.settings import Settings
+from service.store import BlobStore, Catalog
+from service.worker import Worker
+
+DESCRIPTION = """
+Upload the multi-branch checkpoint that training produced. Foldserve recognises the network, folds
+every linear multi-branch region into one convolution, proves the folded network equal to the
+uploaded one, and serves it.
+
+Every refusal is an RFC 9457 problem document (`application/problem+json`) with a stable `code` and
+a `remedy`; [/problems](/problems) lists them.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application for `settings`. Nothing is opened before its lifespan begins."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _opened(settings, metrics) as service:
+            app.state.service = service
+            yield
+
+    app = FastAPI(
+        title="Foldserve",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    problems.install(app)
+    app.add_middleware(AroundEveryRequest, metrics=metrics, access_log=settings.access_log)
+    for module in (models, uploads, events, downloads, predict, benchmark, health, pages):
+        app.include_router(module.router)
+    pages.mount_static(app)
+    return app
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Service]:
+    """Open store, catalog, models and worker; close them in the opposite order."""
+    async with AsyncExitStack() as stack:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        blobs = await run_in_threadpool(
+            BlobStore, settings.effective_blob_url, local_dir=settings.data_dir / "blobs"
+        )
+        await run_in_threadpool(blobs.sweep_temporary)
+        catalog = await run_in_threadpool(Catalog, settings.effective_database_url)
+        stack.callback(catalog.close)
+        limits = ModelSetLimits(
+            batch=BatchLimits(settings.queue_rows, settings.request_seconds),
+            threads=settings.torch_threads,
+            train_idle_seconds=settings.idle_unload_seconds,
+        )
+        host = Host(settings, catalog, blobs, ModelSet(limits))
+        await host.start()
+        stack.push_async_callback(host.close)
+        decoders = ThreadPoolExecutor(settings.decode_threads, "foldserve-decode")
+        stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
+        scratch = settings.scratch_dir / "conversions"
+        worker = Worker(catalog, blobs, scratch, worker_limits(settings), host)
+        await run_in_threadpool(worker.start)
+        # In a thread: the worker may be waiting for this very loop to load a model.
+        stack.push_async_callback(run_in_threadpool, worker.stop, settings.drain_seconds)
+        service = Service(settings, metrics, blobs, catalog, host, worker, decoders)
+        metrics.watch(lambda: health.families(service))
+        yield service

@@ -1,0 +1,182 @@
+"""Request bodies: read in pieces or whole, never more than allowed, never waiting for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from service.errors import BadInput, RequestStalled, UploadTooLarge
+
+MAX_PARTS = 1024
+MAX_PART_HEADER_BYTES = 8192
+
+
+def media_type(request: Request) -> str:
+    """The body's media type in lower case without parameters; empty when none is given."""
+    return request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
+
+
+def declared_length(request: Request) -> int | None:
+    """The body's length in bytes if its head tells."""
+    value = request.headers.get("content-length", "")
+    return int(value) if value.isascii() and value.isdigit() else None
+
+
+def too_large(limit: int, setting: str) -> UploadTooLarge:
+    """The error for a body of more than `limit` bytes, naming the variable that raises it."""
+    return UploadTooLarge(
+        f"The body is larger than {limit} bytes.",
+        remedy=f"Send less at once, or raise {setting}.",
+        limit=limit,
+    )
+
+
+async def chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
+    """The body as it arrives.
+
+    Raises RequestStalled after `idle_seconds` without a byte, and starlette's ClientDisconnect.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(idle_seconds):
+                message = await request.receive()
+        except TimeoutError:
+            raise RequestStalled(f"Nothing arrived for {idle_seconds:g} s.") from None
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        if body := message.get("body", b""):
+            yield body
+        if not message.get("more_body", False):
+            return
+
+
+async def whole(request: Request, limit: int, idle_seconds: float, setting: str) -> bytearray:
+    """The whole body, of at most `limit` bytes, copied once into writable memory.
+
+    Raises UploadTooLarge naming `setting`, RequestStalled, or starlette's ClientDisconnect.
+    """
+    length = declared_length(request)
+    if length is not None and length > limit:
+        raise too_large(limit, setting)
+    # Grown as bytes arrive, not by what is declared: declaring costs a client nothing.
+    body = bytearray()
+    async for chunk in chunks(request, idle_seconds):
+        if len(body) + len(chunk) > limit:
+            raise too_large(limit, setting)
+        body += chunk
+    return body
+
+
+@dataclass
+class Part:
+    """The head of one part of a multipart body."""
+
+    name: str = ""
+    filename: str | None = None
+    media_type: str = ""
+
+
+class MultipartReader:
+    """Feeds a `multipart/form-data` body through python-multipart, part by part.
+
+    `read` yields a `Part` when one begins, `bytes` for its content in pieces, and None at its end.
+    Raises BadInput for a malformed body.
+    """
+
+    def __init__(self, request: Request, idle_seconds: float) -> None:
+        _, options = parse_options_header(request.headers.get("content-type", ""))
+        boundary = options.get(b"boundary", b"")
+        if not 1 <= len(boundary) <= 70:
+            raise _malformed("its Content-Type names no boundary")
+        self._body = chunks(request, idle_seconds)
+        self._events: list[Part | bytes | None] = []
+        self._parts = 0
+        self._header_bytes = 0
+        self._field = b""
+        self._value = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._complete = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._on_part_begin,
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_part_data,
+                "on_part_end": self._on_part_end,
+                "on_end": self._on_end,
+            },
+        )
+
+    async def read(self) -> AsyncIterator[Part | bytes | None]:
+        """See the class."""
+        async for chunk in self._body:
+            try:
+                self._parser.write(chunk)
+            except MultipartParseError as error:
+                raise _malformed(str(error)) from None
+            events, self._events = self._events, []
+            for event in events:
+                yield event
+        if not self._complete:
+            raise _malformed("its final boundary is missing")
+
+    def _on_part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise _malformed(f"it has more than {MAX_PARTS} parts")
+        self._headers, self._header_bytes = {}, 0
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > MAX_PART_HEADER_BYTES:
+            raise _malformed(f"a part's headers exceed {MAX_PART_HEADER_BYTES} bytes")
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        self._field += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        self._value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        self._headers[self._field.lower()] = self._value
+        self._field = self._value = b""
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        if b"name" not in options:
+            raise _malformed("a part has no name")
+        filename = options.get(b"filename")
+        kind = self._headers.get(b"content-type", b"").split(b";", 1)[0].strip().lower()
+        self._events.append(
+            Part(
+                name=options[b"name"].decode("utf-8", "replace"),
+                filename=None if filename is None else filename.decode("utf-8", "replace"),
+                media_type=kind.decode("latin-1"),
+            )
+        )
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._events.append(data[start:end])
+
+    def _on_part_end(self) -> None:
+        self._events.append(None)
+
+    def _on_end(self) -> None:
+        self._complete = True
+
+
+def _malformed(reason: str) -> BadInput:
+    return BadInput(
+        f"The multipart body is malformed: {reason}.",
+        remedy="Send multipart/form-data as any HTTP client builds it, such as `curl -F`.",
+    )

@@ -1,0 +1,153 @@
+"""How the service is: for people, for orchestrators, for Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter, Response
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from service import __version__
+from service.api.benchmark import saving
+from service.api.encoding import json_bytes
+from service.api.metrics import Family
+from service.api.schemas import Alive, HealthAnswer
+from service.api.state import Here, Service, in_thread
+from service.serving import LoadedModel
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health/live", summary="Is the process alive?", response_model=Alive)
+async def live() -> dict[str, str]:
+    """200 as long as the event loop turns."""
+    return {"status": "ok"}
+
+
+@router.get(
+    "/health/ready",
+    summary="May it get traffic?",
+    response_model=HealthAnswer,
+    responses={503: {"description": "Still loading, failing, or draining.", "model": HealthAnswer}},
+)
+async def ready(service: Here) -> Response:
+    """200 once every model's default is loaded or known to fail, and until the drain begins."""
+    body = await overview(service)
+    usable = service.host.started and all(body["checks"].values()) and not service.draining
+    return Response(json_bytes(body), 200 if usable else 503, media_type="application/json")
+
+
+@router.get("/health", summary="State of everything", response_model=HealthAnswer)
+async def health(service: Here) -> dict[str, Any]:
+    """What is served, how it runs, and per model the latency that fusion was measured to save."""
+    return await overview(service)
+
+
+async def overview(service: Service) -> dict[str, Any]:
+    """The body of `/health`."""
+    loaded = service.host.models.loaded()
+    checks, counts = await in_thread(_checks, service)
+    models = await in_thread(_models, service, loaded)
+    healthy = all(checks.values()) and not service.host.failures and service.host.started
+    return {
+        "status": "draining" if service.draining else "ok" if healthy else "degraded",
+        "version": __version__,
+        "uptime_seconds": round(time.time() - service.started, 3),
+        "loading": not service.host.started,
+        "versions": counts,
+        "models": models,
+        "failures": [
+            {"model": model, "version": version, "code": error.code(), "detail": error.detail}
+            for (model, version), error in sorted(service.host.failures.items())
+        ],
+        "weight_bytes": service.host.models.weight_bytes,
+        "checks": checks,
+    }
+
+
+def _checks(service: Service) -> tuple[dict[str, bool], dict[str, int]]:
+    """Whether catalog and worker do their work, and how many versions are in each state."""
+    try:
+        counts = {state.value: n for state, n in service.catalog.count_states().items()}
+        reachable = True
+    except Exception:
+        counts, reachable = {}, False
+    return {"catalog": reachable, "worker": service.worker.alive}, counts
+
+
+def _models(service: Service, loaded: tuple[LoadedModel, ...]) -> list[dict[str, Any]]:
+    forms: dict[tuple[str, int], dict[str, LoadedModel]] = {}
+    for each in loaded:
+        forms.setdefault((each.key.model, each.key.version), {})[each.key.form] = each
+    return [_model(service, *key, of_key) for key, of_key in sorted(forms.items())]
+
+
+def _model(
+    service: Service, model: str, version: int, forms: dict[str, LoadedModel]
+) -> dict[str, Any]:
+    try:
+        measured = saving(service.catalog.get_benchmark(model, version))
+    except Exception:  # deleted meanwhile, or the catalog is away: `checks` says which
+        measured = None
+    return {
+        "model": model,
+        "version": version,
+        "default": service.host.default(model) == version,
+        "latency_saving": measured,
+        "measure": f"/v1/models/{model}/benchmark",
+        "forms": {
+            form: {
+                **each.description.to_dict(),
+                "load_seconds": round(each.load_seconds, 3),
+                "idle_seconds": round(each.idle_seconds, 3),
+                "requests": each.stats.answered,
+                "rows": each.stats.rows,
+                "waiting_rows": each.stats.waiting_rows,
+            }
+            for form, each in forms.items()
+        },
+    }
+
+
+def families(service: Service) -> Iterator[Family]:
+    """What Prometheus reads from the loaded models and the catalog at every scrape."""
+    labels = ["model", "version", "form"]
+    loaded = service.host.models.loaded()
+    waiting = GaugeMetricFamily("foldserve_queue_rows", "Rows that wait.", labels=labels)
+    weights = GaugeMetricFamily("foldserve_weight_bytes", "Bytes of weights.", labels=labels)
+    rows = CounterMetricFamily("foldserve_rows", "Rows computed.", labels=labels)
+    batches = CounterMetricFamily("foldserve_batches", "Batches computed.", labels=labels)
+    busy = CounterMetricFamily("foldserve_compute_seconds", "Device time.", labels=labels)
+    outcomes = CounterMetricFamily(
+        "foldserve_predictions", "Requests to a model by outcome.", labels=[*labels, "outcome"]
+    )
+    for each in loaded:
+        key = [each.key.model, str(each.key.version), each.key.form]
+        stats = each.stats
+        waiting.add_metric(key, stats.waiting_rows)
+        weights.add_metric(key, each.description.weight_bytes)
+        rows.add_metric(key, stats.rows)
+        batches.add_metric(key, stats.batches)
+        busy.add_metric(key, stats.busy_seconds)
+        for outcome in ("answered", "failed", "rejected", "expired", "departed"):
+            outcomes.add_metric([*key, outcome], getattr(stats, outcome))
+    yield from (waiting, weights, rows, batches, busy, outcomes)
+    _, counts = _checks(service)
+    versions = GaugeMetricFamily("foldserve_versions", "Versions by state.", labels=["state"])
+    for state, count in counts.items():
+        versions.add_metric([state], count)
+    yield versions
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"description": "The exposition text.", "content": {"text/plain": {}}}},
+)
+async def metrics(service: Here) -> Response:
+    """Requests, queues, batches, compute time, versions by state, process figures."""
+    body = await in_thread(service.metrics.render)
+    return Response(body, media_type=service.metrics.content_type)

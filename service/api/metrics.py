@@ -1,0 +1,76 @@
+"""What Prometheus scrapes: requests by route and status, and the state of what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from service import __version__
+
+Family = GaugeMetricFamily | CounterMetricFamily
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class Metrics:
+    """One application's metrics, in a registry of their own so that applications do not mix."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        build = Gauge("foldserve_build_info", "Version.", ["version"], registry=self.registry)
+        build.labels(version=__version__).set(1)
+        self._requests = Counter(
+            "foldserve_http_requests",
+            "HTTP requests by route template, method and status.",
+            ["route", "method", "status"],
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "foldserve_http_request_seconds",
+            "Time from the request's head to the end of its response, in seconds.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._running = Gauge(
+            "foldserve_http_requests_running", "Requests under way.", registry=self.registry
+        )
+        self.uploaded_bytes = Counter(
+            "foldserve_uploaded_bytes", "Bytes of accepted checkpoints.", registry=self.registry
+        )
+
+    def began(self) -> None:
+        """Count a request in."""
+        self._running.inc()
+
+    def ended(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count a request out; `status` 499 means that the client left first."""
+        self._running.dec()
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def watch(self, read: Callable[[], Iterable[Family]]) -> None:
+        """Add families that are read from their source at every scrape."""
+        self.registry.register(_Source(read))
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self.registry)
+
+
+class _Source(Collector):
+    def __init__(self, read: Callable[[], Iterable[Family]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Family]:
+        return self._read()
+
+    def describe(self) -> Iterable[Family]:
+        return ()  # names are known at the first scrape; nothing is read at registration

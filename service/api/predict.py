@@ -1,0 +1,328 @@
+"""Predictions: images, npy or JSON in; labels and scores, npy or arrays out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Query
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from service import errors
+from service.api import images, tensors
+from service.api.bodies import MultipartReader, Part, media_type, too_large, whole
+from service.api.direct import DirectRoute, direct
+from service.api.documented import refusals
+from service.api.encoding import json_bytes
+from service.api.schemas import ArraysAnswer, PredictionAnswer
+from service.api.state import Service, of
+from service.api.uploads import ModelName
+from service.errors import BadInput, NotLoaded, UnsupportedMediaType
+from service.hosting import Hosted
+from service.serving import Form, Result
+
+router = APIRouter(route_class=DirectRoute, tags=["predict"])
+
+ARRAYS = "application/vnd.foldserve.arrays+json"
+_JSON = "application/json"
+_BINARY_PART = "application/octet-stream"  # what clients say of files whose name tells them nothing
+_TYPES = (*images.FORMATS, "multipart/form-data", tensors.NPY, _JSON)
+_PATIENCE_SECONDS = 0.05
+_FORMS: Mapping[str, Form] = {"deploy": "deploy", "train": "train"}
+_PARAMETERS = {"version", "form", "top_k"}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The query of a prediction, checked."""
+
+    version: int | None
+    form: Form
+    top_k: int
+
+
+async def predict(request: Request) -> Response:
+    """Read, check, run, answer; see `documented` for what it takes."""
+    service = of(request)
+    name: str = request.path_params["name"]
+    asked = _asked(request.query_params, service)
+    hosted = await _hosted(service, name, asked.version)
+    rows = await _rows(request, service, hosted)
+    try:
+        result = await _unless_departed(request, hosted.predict(rows, asked.form))
+    except NotLoaded:
+        # Unloaded between the look and the call, by a switch or for idleness: look once more.
+        hosted = await _hosted(service, name, asked.version, again=True)
+        result = await _unless_departed(request, hosted.predict(rows, asked.form))
+    return _answer(request, hosted, asked, result)
+
+
+@router.post(
+    "/v1/models/{name}/predict",
+    summary="Predict",
+    response_model=PredictionAnswer,
+    responses=refusals(
+        errors.ModelNotFound,
+        errors.VersionNotFound,
+        errors.VersionNotReady,
+        errors.FormNotAvailable,
+        errors.NameInvalid,
+        errors.BadInput,
+        errors.UnsupportedMediaType,
+        errors.UploadTooLarge,
+        errors.ImageTooLarge,
+        errors.RequestStalled,
+        errors.QueueFull,
+        errors.DeadlineExceeded,
+        errors.NotLoaded,
+        errors.BackendFailed,
+        also={
+            200: {
+                "description": "Labels and scores; by `Accept` one npy array, or the raw outputs.",
+                "content": {
+                    _JSON: {"schema": PredictionAnswer.model_json_schema()},
+                    tensors.NPY: {"schema": {"type": "string", "format": "binary"}},
+                    ARRAYS: {"schema": ArraysAnswer.model_json_schema()},
+                },
+            }
+        },
+    ),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                **{
+                    kind: {"schema": {"type": "string", "format": "binary"}}
+                    for kind in (*images.FORMATS, tensors.NPY)
+                },
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {
+                            "image": {
+                                "type": "array",
+                                "items": {"type": "string", "format": "binary"},
+                            }
+                        },
+                    }
+                },
+                _JSON: {
+                    "schema": {
+                        "type": "object",
+                        "required": ["inputs"],
+                        "properties": {"inputs": {"type": "array", "items": {}}},
+                        "example": {"inputs": [[[[0.0, 0.5], [0.5, 1.0]]]]},
+                    }
+                },
+            },
+        }
+    },
+)
+@direct(predict)
+async def documented(
+    name: ModelName,
+    version: Annotated[int | None, Query(ge=1, description="Default: the one that serves.")] = None,
+    form: Annotated[
+        Literal["deploy", "train"],
+        Query(description="The fused network, or the uploaded one as it was trained."),
+    ] = "deploy",
+    top_k: Annotated[int | None, Query(ge=1, description="How many labels a row gets.")] = None,
+) -> None:
+    """Classify images or run arrays.
+
+    The body is one image, several images as multipart, one float32 npy array [N, C, H, W] (or one
+    row without N), or JSON `{"inputs": …}` of the same shape. Images are preprocessed as the
+    version's resource says; arrays are taken as they are. With `Accept: application/x-npy` the
+    answer is one float32 array: outputs are flattened per row and concatenated when the network
+    has several.
+    """
+
+
+async def _unless_departed(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`; if the client leaves first, `work` is cancelled and gives up its place.
+
+    Watching for that costs another task, so it begins only when the answer is slow to come.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=_PATIENCE_SECONDS)
+        if not done:
+            gone = asyncio.ensure_future(_departure(request))
+            try:
+                await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gone.cancel()
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        task.cancel()
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _asked(query: Mapping[str, str], service: Service) -> _Asked:
+    if not query:
+        return _Asked(None, "deploy", service.settings.top_k)
+    unknown = sorted(set(query) - _PARAMETERS)
+    if unknown:
+        raise BadInput(
+            f"{unknown[0][:40]!r} is not a parameter of predict.",
+            remedy=f"It has {', '.join(sorted(_PARAMETERS))}.",
+        )
+    asked_form = query.get("form", "deploy")
+    form = _FORMS.get(asked_form)
+    if form is None:
+        raise BadInput(f"`form` is {asked_form[:40]!r}.", remedy="Use deploy or train.")
+    version = _whole_number(query, "version")
+    return _Asked(version, form, _whole_number(query, "top_k") or service.settings.top_k)
+
+
+def _whole_number(query: Mapping[str, str], name: str) -> int | None:
+    text = query.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
+        raise BadInput(f"`{name}` is {text[:40]!r}.", remedy="Use a whole number from 1 on.")
+    return int(text)
+
+
+async def _hosted(
+    service: Service, name: str, version: int | None, *, again: bool = False
+) -> Hosted:
+    found = None if again else service.host.hosted(name, version)
+    if found is None:
+        number = await service.host.ensure(name, version)
+        found = service.host.hosted(name, number)
+    if found is None:
+        raise NotLoaded(f"Model {name!r} was unloaded meanwhile.")
+    return found
+
+
+async def _rows(request: Request, service: Service, hosted: Hosted) -> NDArray[np.float32]:
+    """The request's rows [N, *item_shape] in float32."""
+    settings = service.settings
+    kind = media_type(request)
+    if kind == "multipart/form-data":
+        files = await _image_parts(request, service)
+        return await _decode(service, hosted, files)
+    if kind not in _TYPES:
+        raise UnsupportedMediaType(
+            f"The body has the type {kind!r}." if kind else "The body has no Content-Type.",
+            remedy=f"Send one of {', '.join(_TYPES)}.",
+        )
+    limit, name = (
+        (settings.max_json_bytes, "FOLDSERVE_MAX_JSON_BYTES")
+        if kind == _JSON
+        else (settings.max_body_bytes, "FOLDSERVE_MAX_BODY_BYTES")
+    )
+    body = await whole(request, limit, settings.body_idle_seconds, name)
+    if kind == tensors.NPY:
+        return tensors.from_npy(body, hosted.item_shape)
+    if kind == _JSON:
+        return await _on_thread(service, tensors.from_json, body, hosted.item_shape)
+    return await _decode(service, hosted, [body])
+
+
+async def _image_parts(request: Request, service: Service) -> list[bytearray]:
+    settings = service.settings
+    files: list[bytearray] = []
+    size = 0
+    reader = MultipartReader(request, settings.body_idle_seconds)
+    async for event in reader.read():
+        if isinstance(event, Part):
+            if event.media_type not in images.FORMATS and event.media_type != _BINARY_PART:
+                raise UnsupportedMediaType(
+                    f"A part has the type {event.media_type or 'text/plain'!r}.",
+                    remedy=f"Send parts of {', '.join(images.FORMATS)}.",
+                )
+            if len(files) == settings.max_images:
+                raise BadInput(
+                    f"The form has more than {settings.max_images} images.",
+                    remedy="Send fewer at a time, or raise FOLDSERVE_MAX_IMAGES.",
+                )
+            files.append(bytearray())
+        elif event is not None:
+            size += len(event)
+            if size > settings.max_body_bytes:
+                raise too_large(settings.max_body_bytes, "FOLDSERVE_MAX_BODY_BYTES")
+            files[-1] += event
+    if not files:
+        raise BadInput("The form has no images.", remedy="Send files as curl -F image=@FILE does.")
+    return files
+
+
+async def _decode(service: Service, hosted: Hosted, files: list[bytearray]) -> NDArray[np.float32]:
+    how = images.recipe(hosted.item_shape, hosted.preprocessing)
+    if how is None:
+        raise BadInput(
+            f"Rows of shape {list(hosted.item_shape)} are no images.",
+            remedy="Send an array as application/x-npy or JSON.",
+        )
+    most = service.settings.max_image_pixels
+    rows = await asyncio.gather(
+        *(_on_thread(service, images.decode, file, how, most) for file in files)
+    )
+    return rows[0][None] if len(rows) == 1 else np.stack(rows)
+
+
+async def _on_thread(service: Service, function: Any, *args: Any) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = await asyncio.get_running_loop().run_in_executor(
+        service.decoders, function, *args
+    )
+    return array
+
+
+def _answer(request: Request, hosted: Hosted, asked: _Asked, result: Result) -> Response:
+    accept = request.headers.get("accept", "")
+    headers = {"Foldserve-Version": str(hosted.version)}
+    if tensors.NPY in accept:
+        body = tensors.to_npy(tensors.joined(result.outputs))
+        return Response(body, headers=headers, media_type=tensors.NPY)
+    head = {"model": hosted.model, "version": hosted.version, "form": asked.form}
+    outputs = result.outputs
+    if ARRAYS in accept or len(outputs) != 1 or outputs[0].ndim != 2:
+        arrays = [{"shape": output.shape, "data": _plain(output)} for output in outputs]
+        return Response(
+            json_bytes(head | {"outputs": arrays}),
+            headers=headers,
+            media_type=ARRAYS if ARRAYS in accept else _JSON,
+        )
+    top = _top(outputs[0], asked.top_k, hosted.labels)
+    return Response(json_bytes(head | {"predictions": top}), headers=headers, media_type=_JSON)
+
+
+def _plain(output: NDArray[Any]) -> NDArray[Any]:
+    """Contiguous and in a type that the JSON encoder takes."""
+    wide = output.astype(np.float32) if output.dtype == np.float16 else output
+    return np.ascontiguousarray(wide)
+
+
+def _top(logits: NDArray[Any], top_k: int, labels: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """The `top_k` classes of every row of [N, classes] with their softmax probabilities."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    scores = np.exp(shifted)
+    scores /= scores.sum(axis=1, keepdims=True)
+    # Stable and over the logits, so that equal probabilities keep the order of their classes.
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+    return [
+        {
+            "top": [
+                {
+                    "label": labels[index] if labels else str(index),
+                    "index": int(index),
+                    "score": float(row_scores[index]),
+                }
+                for index in row_best
+            ]
+        }
+        for row_scores, row_best in zip(scores, best, strict=True)
+    ]

@@ -1,0 +1,199 @@
+"""Errors as RFC 9457 problem documents; the one place that knows which error has which status.
+
+Every response that is not a success has the type `application/problem+json` and the members `type`,
+`title`, `status`, `detail`, `instance`, `code` and `remedy`, beside whatever facts the error holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service import errors
+from service.api.encoding import json_bytes
+from service.errors import FoldserveError
+
+MEDIA_TYPE = "application/problem+json"
+
+# The nearest ancestor in the table counts, so a class that is not named here has its parent's row.
+STATUS: dict[type[FoldserveError], HTTPStatus] = {
+    FoldserveError: HTTPStatus.INTERNAL_SERVER_ERROR,
+    errors.CheckpointError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.RecognitionError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.GraphError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.FusionError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.ConversionError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.ConversionInterrupted: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StoreError: HTTPStatus.INTERNAL_SERVER_ERROR,
+    errors.ModelNotFound: HTTPStatus.NOT_FOUND,
+    errors.VersionNotFound: HTTPStatus.NOT_FOUND,
+    errors.NameInvalid: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.VersionNotReady: HTTPStatus.CONFLICT,
+    errors.Conflict: HTTPStatus.CONFLICT,
+    errors.FormNotAvailable: HTTPStatus.NOT_FOUND,
+    errors.UploadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.StorageFull: HTTPStatus.INSUFFICIENT_STORAGE,
+    errors.ServingError: HTTPStatus.INTERNAL_SERVER_ERROR,
+    errors.BadInput: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    errors.ImageTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.RequestStalled: HTTPStatus.REQUEST_TIMEOUT,
+    errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,
+    errors.NotLoaded: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+
+# Answers of the framework itself: code, title, remedy.
+_FRAMEWORK: dict[int, tuple[str, str, str]] = {
+    404: ("not_found", "There is nothing at this address", "See /docs for the routes."),
+    405: (
+        "method_not_allowed",
+        "This address does not take that method",
+        "Use one of the methods in the Allow header.",
+    ),
+}
+_INVALID = (
+    "invalid_request",
+    "The request does not fit the route",
+    "Correct the named parameters; /docs shows what the route takes.",
+)
+_INTERNAL = (
+    "internal_error",
+    "The service failed",
+    "Repeat the request; if it fails again, report it with its request id.",
+)
+
+log = structlog.get_logger("foldserve.api")
+
+
+def status_of(kind: type[FoldserveError]) -> HTTPStatus:
+    """The HTTP status of an error class."""
+    return next(STATUS[ancestor] for ancestor in kind.__mro__ if ancestor in STATUS)
+
+
+def document(
+    error: FoldserveError | Mapping[str, Any], instance: str | None = None, **extra: Any
+) -> dict[str, Any]:
+    """The problem document of an error, or of one stored as `to_dict` gave it."""
+    if not isinstance(error, FoldserveError):
+        error = FoldserveError.from_dict(dict(error))
+    facts = error.to_dict()
+    head = {
+        "type": f"/problems/{facts['code']}",
+        "title": facts.pop("title"),
+        "status": int(status_of(type(error))),
+        "detail": facts.pop("detail"),
+    }
+    if instance is not None:
+        head["instance"] = instance
+    # Standard members first, and no further fact hides one of them.
+    further = {**facts, **extra}
+    return {**head, **{name: value for name, value in further.items() if name not in head}}
+
+
+def response(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    """A problem document as a response with its own status."""
+    return Response(
+        json_bytes(body), status_code=body["status"], headers=headers, media_type=MEDIA_TYPE
+    )
+
+
+def error_response(error: FoldserveError, instance: str) -> Response:
+    """The response for an error raised while serving `instance` (a path)."""
+    if status_of(type(error)) >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.error("request failed", code=error.code(), detail=error.detail, path=instance)
+    return response(document(error, instance), _headers(error))
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every error as a problem document."""
+
+    @app.exception_handler(FoldserveError)
+    async def _own(request: Request, error: FoldserveError) -> Response:
+        return error_response(error, request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> Response:
+        wrong = [
+            {"where": ".".join(str(part) for part in item["loc"]), "reason": item["msg"]}
+            for item in error.errors()
+        ]
+        detail = "; ".join(f"{item['where']}: {item['reason']}" for item in wrong[:5])
+        return _framework(422, _INVALID, detail, request.url.path, errors=wrong[:20])
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        phrase = HTTPStatus(error.status_code).phrase
+        row = _FRAMEWORK.get(
+            error.status_code,
+            (phrase.lower().replace(" ", "_"), phrase, "Correct the request; see /docs."),
+        )
+        detail = f"{request.method} {request.url.path}: {error.detail}."
+        return _framework(error.status_code, row, detail, request.url.path, headers=error.headers)
+
+
+def internal_error(instance: str) -> Response:
+    """The answer to an unexpected exception: its cause is in the log, under the request's id."""
+    return _framework(500, _INTERNAL, "An unexpected error was logged.", instance)
+
+
+def not_found(instance: str) -> Response:
+    """The answer for an address where there is nothing."""
+    return _framework(404, _FRAMEWORK[404], f"{instance} does not exist.", instance)
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """Every code that a problem document may carry: `code`, `status`, `title`, `remedy`."""
+    own = [
+        {
+            "code": kind.code(),
+            "status": int(status_of(kind)),
+            "title": kind.title,
+            "remedy": kind.remedy,
+        }
+        for kind in errors.all_kinds()
+    ]
+    rows = [(404, _FRAMEWORK[404]), (405, _FRAMEWORK[405]), (422, _INVALID), (500, _INTERNAL)]
+    return own + [
+        {"code": code, "status": status, "title": title, "remedy": remedy}
+        for status, (code, title, remedy) in rows
+    ]
+
+
+def _framework(
+    status: int,
+    row: tuple[str, str, str],
+    detail: str,
+    instance: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    **extra: Any,
+) -> Response:
+    code, title, remedy = row
+    body = {
+        "type": f"/problems/{code}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "instance": instance,
+        "code": code,
+        "remedy": remedy,
+        **extra,
+    }
+    return response(body, headers)
+
+
+def _headers(error: FoldserveError) -> dict[str, str]:
+    """`Retry-After` in whole seconds, where the error knows or a repetition is the remedy."""
+    wait = error.extra.get("retry_after")
+    if wait is None and isinstance(error, errors.QueueFull | errors.NotLoaded):
+        wait = 1
+    return {} if wait is None else {"Retry-After": str(max(1, math.ceil(float(wait))))}

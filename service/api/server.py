@@ -1,0 +1,86 @@
+"""The HTTP server around the application: uvicorn, its start line, its orderly end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from service.api.app import create_app
+from service.api.logs import configure
+from service.settings import Settings
+
+log = structlog.get_logger("foldserve")
+
+_BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """Tells the application that the end has begun, so that streams and waits finish by themselves.
+
+    The first signal drains; a second one ends at once, as uvicorn does.
+    """
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        state = getattr(getattr(self.config.app, "state", None), "service", None)
+        if state is not None:
+            state.stopping.set()
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            log.info("ready", address=f"http://{shown}:{port}")
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal comes; returns the exit status (0 after an orderly end)."""
+    configure(settings)
+    try:
+        listening = _listen(settings)
+    except OSError as error:
+        log.error("cannot listen", host=settings.host, port=settings.port, reason=str(error))
+        return 1
+    config = uvicorn.Config(
+        create_app(settings),
+        loop="uvloop",
+        http="httptools",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        timeout_keep_alive=int(settings.keep_alive_seconds),
+        timeout_graceful_shutdown=int(settings.drain_seconds),
+    )
+    server = _Server(config)
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    # Signals before uvicorn's handlers end the start; uvicorn raises the one that ended it once
+    # more afterwards, which must not turn an orderly end into a death by signal.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    with listening:
+        server.run(sockets=[listening])
+    return 0 if server.started else 1
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """A listening socket; with port 0 the kernel chooses, and the start line tells."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((settings.host, settings.port))
+        listening.listen(_BACKLOG)
+    except OSError:
+        listening.close()
+        raise
+    return listening

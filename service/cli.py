@@ -1,0 +1,93 @@
+"""The command `foldserve`: serve, convert without a server, and talk to a running one.
+
+Exit codes: 0 done, 1 refused (the problem is printed with its remedy), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from service import __version__
+from service.commands.local import convert, inspect, pack
+from service.commands.remote import benchmark, models, predict, push
+from service.settings import Settings, explain
+
+app = typer.Typer(
+    name="foldserve",
+    help="Upload a training checkpoint; get the fused network, its certificate and an endpoint.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the embedded store.")] = None,
+) -> None:
+    """Run the service until SIGTERM or Ctrl-C.
+
+    Every other setting is an environment variable `FOLDSERVE_...`; the README lists them.
+    """
+    given: dict[str, Any] = {"host": host, "port": port, "data_dir": data_dir}
+    settings = _settings({name: value for name, value in given.items() if value is not None})
+    from service.api.server import run  # torch takes seconds to import; --help should not
+
+    raise typer.Exit(run(settings))
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the service running.")] = False,
+) -> None:
+    """Train two small networks, convert, serve and benchmark them, from nothing to a result."""
+    from service.demo import run
+
+    raise typer.Exit(run(keep=keep))
+
+
+for command in (convert, inspect, pack, push, models, predict, benchmark):
+    app.command()(command)
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        for line in explain(error):
+            errors.print(f"[red]error[/red]: {line}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

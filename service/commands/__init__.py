@@ -1,0 +1,1 @@
+"""The subcommands of `foldserve`: on files here, and against a running service."""

@@ -1,0 +1,145 @@
+"""Commands that need no server: `convert`, `inspect`, `pack`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from service.commands import show
+from service.errors import BadInput
+
+_File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The checkpoint.")]
+_Arch = Annotated[str | None, typer.Option("--arch", help="The network's name.")]
+_Config = Annotated[
+    Path | None, typer.Option("--config", exists=True, help="JSON as an upload's config.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def convert(
+    source: _File,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Deploy form: .safetensors, .pth or .pt; .bundle for the program.",
+        ),
+    ],
+    arch: _Arch = None,
+    config: _Config = None,
+    report: Annotated[Path | None, typer.Option(help="Write the fusion report here.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Convert a training checkpoint to its deploy form, with a certificate, without a server."""
+    with show.refusals(), tempfile.TemporaryDirectory() as folder:
+        result = _convert(source, _config(arch, config), Path(folder), quiet=as_json)
+        _write(result["files"], output)
+        if report is not None:
+            shutil.copyfile(result["files"]["report"], report)
+    if as_json:
+        show.as_json({**_without_files(result), "output": str(output)})
+    else:
+        show.certificate(result["architecture"], result["fusion"], str(output))
+
+
+def inspect(
+    source: _File, arch: _Arch = None, config: _Config = None, as_json: _Json = False
+) -> None:
+    """Tell what a checkpoint is, why that is believed, and what fusing it gives. Writes nothing."""
+    with show.refusals(), tempfile.TemporaryDirectory() as folder:
+        result = _convert(source, _config(arch, config), Path(folder), quiet=as_json)
+    if as_json:
+        show.as_json(_without_files(result))
+        return
+    show.certificate(result["architecture"], result["fusion"], f"{source} ({result['form']} form)")
+    for name in ("evidence", "assumed"):
+        for sentence in result["architecture"].get(name, []):
+            show.out.print(f"[dim]{name}[/] {sentence}", highlight=False)
+
+
+def pack(
+    factory: Annotated[str, typer.Argument(help="`module:callable` that returns an nn.Module.")],
+    example: Annotated[str, typer.Option(help="Input shape with its batch, as 2x3x224x224.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.")],
+) -> None:
+    """Pack any network into a bundle that can be uploaded without its source code.
+
+    Runs your code here, on your machine; the service never runs any.
+    """
+    import torch
+
+    from service import pack as pack_bundle
+
+    try:
+        shape = tuple(int(extent) for extent in example.split("x"))
+        module, name = factory.split(":")
+    except ValueError:
+        raise typer.BadParameter("write module:callable and a shape such as 2x3x224x224") from None
+    sys.path.insert(0, str(Path.cwd()))
+    with show.refusals():
+        try:
+            network = getattr(importlib.import_module(module), name)()
+        except (ImportError, AttributeError) as error:
+            raise BadInput(f"{factory}: {error}.", remedy="Check the module's path.") from error
+        pack_bundle(network.eval(), (torch.zeros(shape),), output)
+    show.out.print(f"{output}: {output.stat().st_size:,} bytes")
+
+
+def _config(arch: str | None, file: Path | None) -> dict[str, Any]:
+    from service.hosting import check_config
+
+    with show.refusals():
+        config = check_config(b"" if file is None else file.read_bytes())
+    return config | ({"architecture": arch} if arch is not None else {})
+
+
+def _convert(source: Path, config: dict[str, Any], scratch: Path, *, quiet: bool) -> dict[str, Any]:
+    from service.hosting import worker_limits
+    from service.settings import Settings
+    from service.worker import convert_in_child
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=show.err, transient=True, disable=quiet) as bars:
+        task = bars.add_task("read", total=1)
+
+        def tell(progress: Any) -> None:
+            bars.update(
+                task,
+                description=progress["stage"],
+                completed=progress["done"],
+                total=progress["total"],
+            )
+
+        limits = worker_limits(Settings()).read
+        return convert_in_child(str(source), config, str(scratch), limits, tell)
+
+
+def _write(files: dict[str, str], output: Path) -> None:
+    from service.pipeline import save_as_torch
+
+    if output.suffix in (".pth", ".pt"):
+        save_as_torch(Path(files["deploy_checkpoint"]), output)
+    elif ".bundle" in output.suffixes:
+        shutil.copyfile(files["deploy_program"], output)
+    else:
+        shutil.copyfile(files["deploy_checkpoint"], output)
+
+
+def _without_files(result: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(result))
+    del plain["files"]
+    return plain

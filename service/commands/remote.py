@@ -1,0 +1,145 @@
+"""Commands that talk to a running service: `push`, `models`, `predict`, `benchmark`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from service.client import DEFAULT_URL, Client, Version, model_name
+from service.commands import show
+from service.errors import FoldserveError
+
+_Url = Annotated[str, typer.Option("--url", envvar="FOLDSERVE_URL", help="The service.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def push(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    model: Annotated[str | None, typer.Option(help="Default: named after the file.")] = None,
+    config: Annotated[Path | None, typer.Option(exists=True, help="Config JSON.")] = None,
+    url: _Url = DEFAULT_URL,
+    as_json: _Json = False,
+) -> None:
+    """Upload a checkpoint, follow its conversion, and show the certificate and a curl line."""
+    with show.refusals(), Client(url) as client:
+        name = model or model_name(checkpoint)
+        given = None if config is None else json.loads(config.read_bytes())
+        version = _upload(client, checkpoint, name, given, quiet=as_json)
+        version = _follow(client, version, quiet=as_json)
+    if as_json:
+        show.as_json(version.raw)
+        return
+    assert version.architecture is not None
+    assert version.fusion is not None
+    show.certificate(version.architecture, version.fusion, f"{name} version {version.version}")
+    show.out.print(f"\n{url}/v1/models/{name}", highlight=False)
+    show.out.print(
+        f"curl -H 'Content-Type: image/jpeg' --data-binary @image.jpg "
+        f"{url}/v1/models/{name}/predict",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def models(url: _Url = DEFAULT_URL, as_json: _Json = False) -> None:
+    """List the models and their newest versions."""
+    with show.refusals(), Client(url) as client:
+        found = [client.model(each["name"]) for each in client.models()]
+    if as_json:
+        show.as_json(found)
+        return
+    table = Table("model", "version", "state", "network", "fused", "file")
+    for model in found:
+        for version in model["versions"]:
+            mark = " (default)" if version["default"] else ""
+            architecture, fusion = version["architecture"], version["fusion"]
+            table.add_row(
+                model["name"],
+                f"{version['version']}{mark}",
+                version["state"],
+                architecture["name"] if architecture else "",
+                f"{fusion['fused']} of {fusion['blocks']}" if fusion else "",
+                version["checkpoint"]["filename"] or "",
+            )
+    show.out.print(table if found else "No models yet: foldserve push FILE uploads one.")
+
+
+def predict(
+    model: str,
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    top_k: Annotated[int, typer.Option(min=1)] = 5,
+    form: Annotated[str, typer.Option(help="deploy or train")] = "deploy",
+    url: _Url = DEFAULT_URL,
+    as_json: _Json = False,
+) -> None:
+    """Classify an image."""
+    if form not in ("deploy", "train"):
+        raise typer.BadParameter("use deploy or train", param_hint="--form")
+    with show.refusals(), Client(url) as client:
+        (labels,) = client.predict(
+            model, image, top_k=top_k, form="train" if form == "train" else "deploy"
+        )
+    if as_json:
+        show.as_json([vars(label) for label in labels])
+        return
+    table = Table("label", "index", "score")
+    for label in labels:
+        table.add_row(label.label, str(label.index), f"{label.score:.4f}")
+    show.out.print(table)
+
+
+def benchmark(
+    model: str,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time budget.")] = None,
+    url: _Url = DEFAULT_URL,
+    as_json: _Json = False,
+) -> None:
+    """Measure the training form against the deploy form on the service's machine."""
+    with show.refusals(), Client(url) as client, show.err.status("measuring"):
+        result = client.benchmark(model, batch_sizes=batch, seconds=seconds)
+    if as_json:
+        show.as_json(result)
+    else:
+        show.benchmark(result)
+
+
+def _upload(
+    client: Client, file: Path, name: str, config: dict[str, Any] | None, *, quiet: bool
+) -> Version:
+    columns = (TextColumn("upload"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=show.err, transient=True, disable=quiet) as bars:
+        task = bars.add_task("upload", total=file.stat().st_size)
+        return client.upload(
+            file,
+            name,
+            config=config,
+            progress=lambda sent, total: bars.update(task, completed=sent, total=total),
+        )
+
+
+def _follow(client: Client, version: Version, *, quiet: bool) -> Version:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, console=show.err, transient=True, disable=quiet) as bars:
+        task = bars.add_task(version.state, total=1)
+        for event in client.events(version):
+            data = event["data"]
+            if event["event"] == "progress":
+                done, total = data["done"], data["total"]
+                bars.update(task, description=data["stage"], completed=done, total=total)
+    version = client.version(version.model, version.version)
+    if version.error is not None:
+        raise FoldserveError.from_dict(version.error)
+    return version

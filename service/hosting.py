@@ -1,0 +1,352 @@
+"""Keeps what is loaded in step with the catalog: at the start, when versions come, go or switch.
+
+The catalog says which version of a model is the default; that one is loaded, warm, and answers.
+Other ready versions are loaded when somebody asks for them by number and leave again when nobody
+does. The worker prepares a new version here before it is published, and the flip comes after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from service.bench import BenchPlan, Comparison, Subject, compare_in_steps
+from service.checkpoint import ReadLimits
+from service.checkpoint.child import ChildLimits
+from service.errors import FoldserveError, InvalidConfig, NotLoaded, VersionNotReady
+from service.graph import Program, load_program
+from service.networks import ModelConfig
+from service.serving import (
+    Form,
+    LoadOptions,
+    ModelSet,
+    Precision,
+    Prepared,
+    Result,
+    RowSpec,
+    backend_names,
+)
+from service.settings import Settings
+from service.store import BlobStore, Catalog, ModelRecord, State, VersionRecord
+from service.worker import WorkerLimits
+
+log = structlog.get_logger(__name__)
+
+_ARTIFACTS: Mapping[Form, str] = {"deploy": "deploy_program", "train": "train_program"}
+_PRECISIONS: Mapping[str, Precision] = {
+    "auto": "float32",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
+_PAGE = 500
+
+
+def check_config(text: str | bytes) -> dict[str, Any]:
+    """The config of an upload, checked as far as it can be before the file is read.
+
+    Returns it as a JSON object with every default filled in. Raises InvalidConfig.
+    """
+    config = ModelConfig.from_json(text)
+    if config.backend not in ("auto", *backend_names()):
+        raise InvalidConfig(
+            f"`backend` is {config.backend!r}, which is not available here.",
+            remedy=f"Use one of auto, {', '.join(backend_names())}.",
+            field="backend",
+        )
+    checked: dict[str, Any] = json.loads(config.to_json())
+    return checked
+
+
+def worker_limits(settings: Settings) -> WorkerLimits:
+    """The worker's limits as the settings say."""
+    prefix = "reader_"
+    reader = {
+        name.removeprefix(prefix): getattr(settings, name)
+        for name in Settings.model_fields
+        if name.startswith(prefix)
+    }
+    return WorkerLimits(
+        poll_seconds=settings.conversion_poll_seconds,
+        attempts=settings.conversion_attempts,
+        read=ReadLimits(file_bytes=settings.max_upload_bytes, **reader),
+        child=ChildLimits(
+            seconds=settings.conversion_seconds,
+            cpu_seconds=math.ceil(settings.conversion_seconds * (settings.conversion_threads + 1)),
+            memory_bytes=settings.conversion_memory_bytes,
+            file_bytes=2 * settings.max_upload_bytes + (1 << 30),
+            threads=settings.conversion_threads,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A loaded version, with what a request needs to know about it.
+
+    `item_shape` is the shape of one input row; `labels` has one name per class if the upload gave
+    them; `preprocessing` is the config's object, or None for the defaults.
+    """
+
+    model: str
+    version: int
+    item_shape: tuple[int, ...]
+    labels: tuple[str, ...] | None
+    preprocessing: dict[str, Any] | None
+    models: ModelSet
+
+    async def predict(self, rows: NDArray[np.float32], form: Form) -> Result:
+        """Outputs for rows [N, *item_shape]. Raises what `ModelSet.predict` raises."""
+        return await self.models.predict(self.model, rows, version=self.version, form=form)
+
+
+class Host:
+    """The loaded models of one service. Methods that await run on its event loop.
+
+    `prepare`, `published` and `abandoned` are the worker's hooks: they are called from its thread
+    and wait for the loop.
+    """
+
+    def __init__(
+        self, settings: Settings, catalog: Catalog, blobs: BlobStore, models: ModelSet
+    ) -> None:
+        self.settings, self.catalog, self.blobs, self.models = settings, catalog, blobs, models
+        self.failures: dict[tuple[str, int], FoldserveError] = {}
+        self.started = False
+        self._hosted: dict[tuple[str, int], Hosted] = {}
+        self._default: dict[str, int] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loading: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._measuring = asyncio.Lock()
+
+    # ---- life ---------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to load every model's default in the background; `started` tells when it is done.
+
+        A version that cannot be loaded is logged, kept in `failures`, and does not hold up others.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [
+            asyncio.create_task(self._load_defaults()),
+            asyncio.create_task(self._unload_idle()),
+        ]
+
+    async def close(self) -> None:
+        """Answer what waits and unload everything."""
+        for task in (*self._tasks, *self._loading.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._loading.values(), return_exceptions=True)
+        await self.models.close()
+
+    async def _load_defaults(self) -> None:
+        cursor: str | None = None
+        while True:
+            page = await asyncio.to_thread(self.catalog.list_models, cursor, _PAGE)
+            for model in page.items:
+                with contextlib.suppress(FoldserveError):  # kept in `failures`
+                    await self.follow(model)
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+        self.started = True
+
+    async def _unload_idle(self) -> None:
+        limit = self.settings.idle_unload_seconds
+        while True:
+            await asyncio.sleep(max(0.05, limit / 4))
+            for loaded in self.models.loaded():
+                key = loaded.key
+                default = self._default.get(key.model) == key.version
+                if key.form == "deploy" and not default and loaded.idle_seconds >= limit:
+                    await self._unload(key.model, key.version)
+
+    # ---- loading ------------------------------------------------------------------------
+
+    async def follow(self, model: ModelRecord) -> None:
+        """Make the model's default answer: load it if need be, flip, unload the one before.
+
+        Raises what loading raises; then the version before keeps answering.
+        """
+        wanted, before = model.default_version, self._default.get(model.name)
+        if wanted is None:
+            self._default.pop(model.name, None)
+            return
+        await self.ensure(model.name, wanted)
+        self._default[model.name] = wanted
+        self.models.activate(model.name, wanted)
+        if before is not None and before != wanted:
+            await self._unload(model.name, before)
+
+    def hosted(self, model: str, version: int | None) -> Hosted | None:
+        """A version that is loaded, None asking for the default; None when it is not loaded."""
+        number = self._default.get(model) if version is None else version
+        return None if number is None else self._hosted.get((model, number))
+
+    def default(self, model: str) -> int | None:
+        """The version that answers when none is asked for, once it is loaded."""
+        return self._default.get(model)
+
+    async def ensure(self, model: str, version: int | None) -> int:
+        """Have a version loaded, None being the default, and return its number.
+
+        Raises ModelNotFound, VersionNotFound, VersionNotReady, or what loading raises.
+        """
+        if version is None:
+            version = await self._catalog_default(model)
+        if (model, version) in self._hosted:
+            return version
+        key = (model, version)
+        if (task := self._loading.get(key)) is None:
+            task = asyncio.create_task(self._load(model, version))
+            self._loading[key] = task
+            task.add_done_callback(lambda _: self._loading.pop(key, None))
+        await asyncio.shield(task)  # whoever asked first may leave; the others still wait
+        return version
+
+    async def forget(self, model: str, version: int | None = None) -> None:
+        """Unload a deleted version, or a whole model."""
+        if version in (None, self._default.get(model)):
+            self._default.pop(model, None)
+        await self._unload(model, version)
+        for key in [k for k in self.failures if k[0] == model and version in (None, k[1])]:
+            del self.failures[key]
+
+    async def _unload(self, model: str, version: int | None) -> None:
+        for key in [k for k in self._hosted if k[0] == model and version in (None, k[1])]:
+            del self._hosted[key]
+        await self.models.unload(model, version)
+
+    async def _catalog_default(self, model: str) -> int:
+        record = await asyncio.to_thread(self.catalog.get_model, model)
+        if record.default_version is None:
+            raise VersionNotReady(f"Model {model!r} has no version that is ready.")
+        return record.default_version
+
+    async def _load(self, model: str, version: int) -> None:
+        record = await asyncio.to_thread(self.catalog.get_version, model, version)
+        if record.state != State.READY:
+            raise VersionNotReady(
+                f"Version {version} of {model!r} is {record.state.value}.", state=record.state.value
+            )
+        try:
+            await self._load_into_set(record, {})
+        except FoldserveError as error:
+            self.failures[model, version] = error
+            log.error("load_failed", model=model, version=version, detail=error.detail)
+            raise
+        self.failures.pop((model, version), None)
+
+    async def _load_into_set(self, version: VersionRecord, files: Mapping[str, Path]) -> None:
+        """Load a version whose programs are in `files`, or else in the store.
+
+        The training form is read again whenever it is first wanted, so that one always comes from
+        the store: a conversion's files are gone by then.
+        """
+        kinds = files or version.artifacts
+        name, number = version.model, version.version
+
+        def deploy() -> Program:
+            if files:
+                return load_program(files[_ARTIFACTS["deploy"]])
+            return self._read(name, number, "deploy")
+
+        reads: dict[Form, Callable[[], Program]] = {"deploy": deploy}
+        if _ARTIFACTS["train"] in kinds:
+            reads["train"] = lambda: self._read(name, number, "train")
+        await self.models.load(name, number, reads, self._options(version))
+        shape = (await self.models.prepared(name, number)).item_shape
+        labels = version.config.get("labels")
+        self._hosted[name, number] = Hosted(
+            model=name,
+            version=number,
+            item_shape=tuple(shape),
+            labels=tuple(labels) if labels else None,
+            preprocessing=version.config.get("preprocessing"),
+            models=self.models,
+        )
+
+    def _read(self, model: str, version: int, form: Form) -> Program:
+        record = self.catalog.get_version(model, version)
+        return load_program(self.blobs.open_path(record.artifacts[_ARTIFACTS[form]]))
+
+    def _options(self, version: VersionRecord) -> LoadOptions:
+        asked = version.config
+        backend = asked.get("backend", "auto")
+        return LoadOptions(
+            device=self.settings.device,
+            backend="torch" if backend == "auto" else backend,
+            precision=_PRECISIONS[asked.get("precision", "auto")],
+            max_batch=self.settings.max_batch,
+        )
+
+    # ---- the worker's hooks -------------------------------------------------------------
+
+    def prepare(self, version: VersionRecord, programs: Mapping[str, Path]) -> None:
+        """Load and warm a converted version beside whatever serves now."""
+        self._on_loop(self._load_into_set(version, programs))
+
+    def published(self, version: VersionRecord) -> None:
+        """Let the model's default answer; that is this version unless the default is pinned."""
+        try:
+            self._on_loop(self.follow(self.catalog.get_model(version.model)))
+        except FoldserveError as error:  # deleted meanwhile: there is nothing to let answer
+            log.info("follow_failed", model=version.model, detail=error.detail)
+            self._on_loop(self.forget(version.model, version.version))
+
+    def abandoned(self, version: VersionRecord) -> None:
+        """Forget a version that was prepared and then not published."""
+        self._on_loop(self.forget(version.model, version.version))
+
+    def _on_loop(self, work: Any) -> None:
+        if self._loop is None or self._loop.is_closed():
+            work.close()
+            raise NotLoaded("The service is stopping.")
+        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # ---- measuring ----------------------------------------------------------------------
+
+    async def benchmark(
+        self, model: str, version: int | None, batch_sizes: tuple[int, ...], seconds: float
+    ) -> tuple[int, Comparison]:
+        """Measure the training form against the deploy form of a version on its device.
+
+        One measurement at a time in the whole service: two would measure each other. Inputs are
+        normally distributed with a fixed seed. Raises FormNotAvailable without a training form.
+        """
+        number = await self.ensure(model, version)
+        plan = BenchPlan(batch_sizes=batch_sizes, budget_seconds=seconds)
+
+        def measure(
+            forms: Mapping[Form, Prepared],
+        ) -> Generator[None, None, Comparison]:
+            train, deploy = forms["train"], forms["deploy"]
+            return compare_in_steps(
+                Subject("training form", train.run, train.describe().to_dict()),
+                Subject("deploy form", deploy.run, deploy.describe().to_dict()),
+                RowSpec(tuple(deploy.item_shape), deploy.dtype).random,
+                plan,
+            )
+
+        async with self._measuring:
+            started = time.perf_counter()
+            comparison = await self.models.on_device(model, number, ("train", "deploy"), measure)
+        log.info(
+            "benchmark_finished",
+            model=model,
+            version=number,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        return number, comparison

@@ -1,0 +1,94 @@
+"""A real service in a process of its own, as tests use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS = 90
+STOP_SECONDS = 40
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """Where the service answers, its process, its store, and what it has logged so far."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    data_dir: Path
+    log_file: Path
+
+    def log(self) -> list[dict[str, str]]:
+        """The JSON log lines written so far."""
+        return [json.loads(line) for line in self.log_file.read_text().splitlines() if line]
+
+    def resident_bytes(self) -> int:
+        """Memory of the process that is in RAM and its own (anonymous pages), in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (line,) = [line for line in status.splitlines() if line.startswith("RssAnon:")]
+        return int(line.split()[1]) * 1024
+
+    def stop(self) -> int:
+        """Send SIGTERM and wait; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_SECONDS)
+
+
+@contextmanager
+def running(
+    folder: Path, environment: Mapping[str, str] | None = None, *arguments: str
+) -> Iterator[RunningServer]:
+    """`foldserve serve` on a free port with its data in `folder`, ready when this returns."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
+    own |= {"FOLDSERVE_LOG_FORMAT": "json"} | dict(environment or {})
+    log_file = folder.parent / f"{folder.name}.log"
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--data-dir", str(folder), *arguments], cwd=ROOT, env=own, stderr=log
+        )
+    try:
+        url = _address(process, log_file)
+        _wait_ready(process, url, log_file)
+        yield RunningServer(url, process, folder, log_file)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
+    """The address in the line that says `ready`."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        for line in log_file.read_text().splitlines():
+            if '"event": "ready"' in line:
+                address: str = json.loads(line)["address"]
+                return address
+        time.sleep(0.05)
+    raise AssertionError(f"the service did not start:\n{log_file.read_text()}")
+
+
+def _wait_ready(process: subprocess.Popen[bytes], url: str, log_file: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        if httpx.get(f"{url}/health/ready").status_code == 200:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the service is not ready:\n{log_file.read_text()}")
