@@ -13,8 +13,15 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node as FxNode
 
 from service.errors import InvalidProgram, UnsupportedOperator
-from service.graph.operators import ATEN, FACTORIES, NAME_OF, OPERATORS, PLACEMENT
-from service.graph.program import Argument, DType, Node, Program, Ref, TensorSpec
+from service.graph.build import (
+    Builder,
+    batch_norm_arguments,
+    full_arguments,
+    is_constant,
+    slice_arguments,
+)
+from service.graph.operators import ATEN, NAME_OF, OPERATORS, PLACEMENT
+from service.graph.program import Argument, DType, Program, Ref
 
 MAX_BATCH = 1 << 16
 """Upper bound on the batch size that torch.export is told about, in rows."""
@@ -85,9 +92,7 @@ class _Translation:
     def __init__(self, exported: ExportedProgram) -> None:
         self.exported = exported
         self.names: dict[FxNode, str] = {}
-        self.inputs: list[TensorSpec] = []
-        self.nodes: list[Node] = []
-        self.weights: dict[str, Tensor] = {}
+        self.build = Builder()
         self.outputs: tuple[str, ...] = ()
 
     def program(self) -> Program:
@@ -102,23 +107,20 @@ class _Translation:
                 self.outputs = tuple(self.names[node] for node in results)
             else:
                 raise InvalidProgram(f"The exported graph has a {fx_node.op!r} node.")
-        return Program(tuple(self.inputs), tuple(self.nodes), self.outputs, self.weights).pruned()
+        return self.build.program(self.outputs)
 
     def _placeholder(self, fx_node: FxNode, spec: Any) -> None:
         if spec.kind is InputKind.USER_INPUT:
             value = fx_node.meta["val"]
             if not isinstance(value, Tensor):
                 raise InvalidProgram("Every input of the module must be a tensor.")
-            name = f"input_{len(self.inputs)}"
-            self.names[fx_node] = name
-            self.inputs.append(TensorSpec(name, _shape(value), _dtype(value)))
+            self.names[fx_node] = self.build.input(_shape(value), _dtype(value))
             return
         if spec.target in self.exported.state_dict:
             tensor = self.exported.state_dict[spec.target]
         else:
             tensor = self.exported.constants[spec.target]
-        self.names[fx_node] = spec.target
-        self.weights[spec.target] = tensor.detach()
+        self.names[fx_node] = self.build.weight(spec.target, tensor)
 
     def _call(self, fx_node: FxNode) -> None:
         target = fx_node.target
@@ -129,7 +131,8 @@ class _Translation:
         if target is operator.getitem:
             self._getitem(fx_node)
         elif target is _BATCH_NORM:
-            self._batch_norm(fx_node)
+            args = batch_norm_arguments(self._given(fx_node, _BATCH_NORM))
+            self._emit(fx_node, "aten.batch_norm", args, value=fx_node.meta["val"][0])
         elif target in _SPLITS:
             self.names[fx_node] = ""  # each part becomes a slice where it is taken
         elif target in _VIEWS:
@@ -150,44 +153,18 @@ class _Translation:
                 operator=name,
             )
 
+    def _given(self, fx_node: FxNode, target: torch._ops.OpOverload) -> dict[str, Argument]:
+        names = [parameter.name for parameter in target._schema.arguments]
+        given = {**dict(zip(names, fx_node.args, strict=False)), **fx_node.kwargs}
+        return {key: self._argument(v) for key, v in given.items() if key not in PLACEMENT}
+
     def _aten(self, fx_node: FxNode, op: str) -> None:
-        schema = ATEN[op]._schema
-        args: dict[str, Argument] = {}
-        for position, parameter in enumerate(schema.arguments):
-            if parameter.name in PLACEMENT:
-                continue
-            if position < len(fx_node.args):
-                value = fx_node.args[position]
-            elif parameter.name in fx_node.kwargs:
-                value = fx_node.kwargs[parameter.name]
-            else:
-                value = parameter.default_value
-            args[parameter.name] = self._argument(value)
-        if op in FACTORIES and not any(True for a in args.values() for _ in _refs_in(a)):
-            self._constant(fx_node, op)
+        args = full_arguments(op, self._given(fx_node, ATEN[op]))
+        if is_constant(op, args):
+            kwargs = {key: value for key, value in fx_node.kwargs.items() if key not in PLACEMENT}
+            self.names[fx_node] = self.build.constant(OPERATORS[op](*fx_node.args, **kwargs))
         else:
             self._emit(fx_node, op, args)
-
-    def _constant(self, fx_node: FxNode, op: str) -> None:
-        kwargs = {key: value for key, value in fx_node.kwargs.items() if key not in PLACEMENT}
-        name = f"constant_{len(self.nodes)}_{len(self.weights)}"
-        self.weights[name] = OPERATORS[op](*fx_node.args, **kwargs)
-        self.names[fx_node] = name
-
-    def _batch_norm(self, fx_node: FxNode) -> None:
-        x, weight, bias, mean, var, momentum, eps = fx_node.args
-        args: dict[str, Argument] = {
-            "input": self._argument(x),
-            "weight": self._argument(weight),
-            "bias": self._argument(bias),
-            "running_mean": self._argument(mean),
-            "running_var": self._argument(var),
-            "training": False,
-            "momentum": self._argument(momentum),
-            "eps": self._argument(eps),
-            "cudnn_enabled": False,
-        }
-        self._emit(fx_node, "aten.batch_norm", args, value=fx_node.meta["val"][0])
 
     def _getitem(self, fx_node: FxNode) -> None:
         parent, index = fx_node.args
@@ -212,31 +189,14 @@ class _Translation:
         if not all(isinstance(size, int) for size in sizes):
             raise InvalidProgram("The batch axis is split, so the parts have no known size.")
         start = sum(sizes[:index])
-        args: dict[str, Argument] = {
-            "self": Ref(self.names[whole]),
-            "dim": dim % len(_shape(whole.meta["val"])),
-            "start": start,
-            "end": start + sizes[index],
-            "step": 1,
-        }
+        dim %= len(_shape(whole.meta["val"]))
+        args = slice_arguments(self.names[whole], dim, start, start + sizes[index])
         self._emit(fx_node, "aten.slice.Tensor", args)
 
     def _emit(self, fx_node: FxNode, op: str, args: dict[str, Argument], value: Any = None) -> None:
         value = fx_node.meta.get("val") if value is None else value
-        tensor = isinstance(value, Tensor)
-        kind = op.removeprefix("aten.").partition(".")[0].strip("_")
-        name = f"{kind}_{len(self.nodes)}"
-        self.names[fx_node] = name
-        self.nodes.append(
-            Node(
-                name=name,
-                op=op,
-                args=args,
-                shape=_shape(value) if tensor else None,
-                dtype=_dtype(value) if tensor else None,
-                source=_source(fx_node),
-            )
-        )
+        kind = (_shape(value), _dtype(value)) if isinstance(value, Tensor) else None
+        self.names[fx_node] = self.build.emit(op, args, kind, _source(fx_node))
 
     def _argument(self, value: Any) -> Argument:
         if isinstance(value, FxNode):
@@ -248,14 +208,6 @@ class _Translation:
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         raise InvalidProgram(f"An argument of type {type(value).__name__} cannot be stored.")
-
-
-def _refs_in(argument: Argument) -> Any:
-    if isinstance(argument, Ref):
-        yield argument
-    elif isinstance(argument, tuple):
-        for item in argument:
-            yield from _refs_in(item)
 
 
 def _shape(value: Tensor) -> tuple[int | None, ...]:
