@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from service.checkpoint.limits import ReadLimits
-from service.errors import LimitExceeded, NotACheckpoint, TruncatedFile, UnsupportedContainer
+from service.checkpoint.limits import ReadLimits, exceeded
+from service.errors import NotACheckpoint, TruncatedFile, UnsupportedContainer
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _END = struct.Struct("<4s4H2LH")
@@ -69,10 +69,8 @@ def list_archive(path: Path, limits: ReadLimits) -> Archive:
     _refuse_other_kinds([info.filename for info in infos])
     expanded = sum(info.file_size for info in infos)
     if expanded > limits.archive_expansion * length:
-        raise LimitExceeded(
-            f"The archive's {length} bytes expand to {expanded}; archive_expansion is "
-            f"{limits.archive_expansion}."
-        )
+        found = f"The archive's {length} bytes expand to {expanded}"
+        raise exceeded(limits, "archive_expansion", found)
     with open(path, "rb") as file:
         places = _check_layout(file, infos, start_of_directory)
         _check_sums(file, infos, places)
@@ -100,10 +98,8 @@ def _check_directory_size(file: BinaryIO, length: int, limits: ReadLimits) -> No
             raise NotACheckpoint("The zip archive's 64-bit end record is not where it belongs.")
         entries, directory_bytes = _END64.unpack(end64)[7:9]
     if entries > limits.archive_entries or directory_bytes > _ENTRY_BYTES * limits.archive_entries:
-        raise LimitExceeded(
-            f"The archive lists {entries} entries in {directory_bytes} bytes; archive_entries is "
-            f"{limits.archive_entries}."
-        )
+        found = f"The archive lists {entries} entries in {directory_bytes} bytes"
+        raise exceeded(limits, "archive_entries", found)
 
 
 def _refuse_other_kinds(names: list[str]) -> None:
@@ -160,6 +156,8 @@ def _check_layout(
             )
         if info.flag_bits & _ENCRYPTED:
             raise UnsupportedContainer("The archive is encrypted.", remedy="Upload it unencrypted.")
+        if not 0 <= info.header_offset < end:
+            raise TruncatedFile(f"The archive's entry {name[:80]!r} lies beyond the file's end.")
         file.seek(info.header_offset)
         header = file.read(_LOCAL_HEADER.size)
         if len(header) < _LOCAL_HEADER.size:

@@ -40,7 +40,7 @@ _PROCESS_TABLE = threading.Lock()
 
 _POLL_SECONDS = 0.1
 _READ_BYTES = 1 << 16
-_MESSAGE_BYTES = 16 << 20
+_MESSAGE_BYTES = 4 << 20
 _MAX_MESSAGES = 10_000
 _STDERR = 2
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")

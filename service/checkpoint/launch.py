@@ -19,6 +19,7 @@ PRELOAD = ("service.checkpoint.preload",)
 """Modules that the fork server imports when it starts."""
 
 _starting = threading.Lock()
+_wanted = dict.fromkeys(PRELOAD)  # a set that keeps its order
 
 
 def _close(*descriptors: int) -> None:
@@ -60,11 +61,13 @@ class ChildProcess(context.ForkServerProcess):
         return _Popen(process_obj)
 
 
-def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
-    """Start the fork server, if it is not running, with `preload` imported.
+def start_fork_server(preload: Sequence[str] = ()) -> None:
+    """Start the fork server, if it is not running, with `PRELOAD` and `preload` imported.
 
-    The first caller decides what is preloaded. Takes as long as the imports, once.
+    Only what is named before the first start is preloaded. Returns at once; the first child waits
+    for the imports.
     """
     with _starting:
-        forkserver.set_forkserver_preload(list(preload))
+        _wanted.update(dict.fromkeys(preload))
+        forkserver.set_forkserver_preload(list(_wanted))
         forkserver.ensure_running()

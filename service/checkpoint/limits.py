@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from service.errors import LimitExceeded
+
 
 @dataclass(frozen=True)
 class ReadLimits:
     """What an uploaded file may be at most; every breach raises LimitExceeded naming the field.
+
+    The service's settings carry the same names with the prefix `FOLDSERVE_READER_`, except that
+    `file_bytes` is `FOLDSERVE_MAX_UPLOAD_BYTES`.
 
     Attributes:
         file_bytes: length of the file, bytes.
@@ -33,3 +38,15 @@ class ReadLimits:
     tensors: int = 50_000
     tensor_expansion: float = 2.0
     key_characters: int = 512
+
+
+def exceeded(limits: ReadLimits, name: str, found: str) -> LimitExceeded:
+    """The error for a breach of the field `name`; `found` says what the file has."""
+    limit = getattr(limits, name)
+    setting = "MAX_UPLOAD_BYTES" if name == "file_bytes" else f"READER_{name.upper()}"
+    return LimitExceeded(
+        f"{found}; the limit {name} is {limit}.",
+        remedy=f"If the file is legitimate, raise FOLDSERVE_{setting}.",
+        limit=name,
+        value=limit,
+    )

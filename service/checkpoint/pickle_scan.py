@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from service.checkpoint.limits import ReadLimits
+from service.checkpoint.limits import ReadLimits, exceeded
 from service.errors import (
     LimitExceeded,
     NotACheckpoint,
@@ -92,6 +92,7 @@ _ALLOWED = (
     | set(_TENSOR_MAKERS)
     | {"torch._utils._rebuild_parameter", "_codecs.encode"}
 )
+_PROTOCOL = 2
 _MAX_DIMENSIONS = 64
 _MAX_NAMED = 8
 
@@ -117,7 +118,6 @@ class Scan:
     tensors: int = 0
     tensor_bytes: int = 0
     forbidden: list[str] = field(default_factory=list)
-    looks_like_module: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,34 @@ def scan_pickle(data: io.BytesIO, limits: ReadLimits, *, other_protocols: bool =
     return walk.scan
 
 
+def read_key_list(data: io.BytesIO, limits: ReadLimits) -> list[str]:
+    """The strings of a pickled list of strings, in order, which must be nothing else."""
+    keys: list[str] = []
+    loose, depth, started = 0, 0, False
+    for count, (name, argument, _) in enumerate(_operations(data)):
+        if count > limits.pickle_operations:
+            raise exceeded(limits, "pickle_operations", "The list of storages is longer")
+        match name:
+            case "PROTO" | "BINPUT" | "LONG_BINPUT":
+                continue
+            case "EMPTY_LIST" if not started:
+                started = True
+            case "MARK" if started and not depth and not loose:
+                depth = 1
+            case "BINUNICODE" if started and (depth or not loose):
+                keys.append(argument)
+                loose += 1
+            case "APPENDS" if depth:
+                depth = loose = 0
+            case "APPEND" if loose == 1 and not depth:
+                loose = 0
+            case "STOP" if started and not depth and not loose:
+                return keys
+            case _:
+                break
+    raise NotACheckpoint("The list of storages in the file is malformed.")
+
+
 def _operations(data: io.BytesIO) -> Iterator[tuple[str, Any, int | None]]:
     try:
         for opcode, argument, position in pickletools.genops(data):
@@ -176,19 +204,18 @@ class _Walk:
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
-        self._words: set[str] = set()
+        self._words: list[str] = []
 
     def step(self, name: str, argument: Any) -> None:
         self._steps += 1
         if self._steps > self._limits.pickle_operations:
-            raise LimitExceeded(
-                f"The pickle has more than {self._limits.pickle_operations} instructions "
-                "(pickle_operations)."
-            )
-        if name in _PUSHES:
+            raise exceeded(self._limits, "pickle_operations", "The pickle has more instructions")
+        if isinstance(argument, str) and "UNICODE" in name:
+            self._words.append(argument)
+        if self.scan.forbidden:
+            self._look_on(name, argument)
+        elif name in _PUSHES:
             self._stack.append(argument if _PUSHES[name] is None else _PUSHES[name])
-            if argument in ("_parameters", "_modules", "_buffers"):
-                self._words.add(argument)
         else:
             handler = _HANDLERS.get(name)
             if handler is None:
@@ -207,7 +234,7 @@ class _Walk:
         named = ", ".join(forbidden[:_MAX_NAMED])
         if len(forbidden) > _MAX_NAMED:
             named += f" and {len(forbidden) - _MAX_NAMED} more"
-        if {"_parameters", "_modules"} <= self._words:
+        if {"_parameters", "_modules"} <= set(self._words):
             raise WholeModulePickle(
                 f"The file is a pickled module: reading it would import {named}.",
                 globals=forbidden[:_MAX_NAMED],
@@ -217,10 +244,24 @@ class _Walk:
             globals=forbidden[:_MAX_NAMED],
         )
 
+    def _look_on(self, name: str, argument: Any) -> None:
+        """The pickle is refused already: only collect what else it would import."""
+        if name in ("GLOBAL", "INST"):
+            self._global(*argument.split(" ", 1))
+        elif name == "STACK_GLOBAL" and len(self._words) > 1:
+            self._global(*self._words[-2:])
+
     # ---- instructions -----------------------------------------------------------------------
 
     def pop(self, _: Any) -> None:
         self._stack.pop()
+
+    def protocol(self, number: int) -> None:
+        if number != _PROTOCOL and not self._other_protocols:
+            raise UnsupportedContainer(
+                f"The pickle has protocol {number}; torch.save writes {_PROTOCOL}.",
+                remedy=f"Save it again with torch.save(..., pickle_protocol={_PROTOCOL}).",
+            )
 
     def mark(self, _: Any) -> None:
         self._marks.append(self._stack)
@@ -295,7 +336,7 @@ class _Walk:
     def reduce(self, _: Any) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            if function is not _OTHER and not self.scan.forbidden:
+            if function is not _OTHER:
                 self._malformed("calls what is no function")
             self._stack.append(_OTHER)
             return
@@ -321,7 +362,7 @@ class _Walk:
     def build(self, _: Any) -> None:
         self._stack.pop()
         # A tensor's state would be its storage and strides, set past every check made here.
-        if self._stack[-1] not in (_ORDERED, _INERT, _OTHER) and not self.scan.forbidden:
+        if self._stack[-1] not in (_ORDERED, _INERT, _OTHER):
             self._malformed("sets the state of what has none")
 
     def persistent(self, _: Any) -> None:
@@ -398,7 +439,7 @@ class _Walk:
         self.scan.tensors += 1
         self.scan.tensor_bytes += elements * STORAGE_ITEM_BYTES[storage.type]
         if self.scan.tensors > self._limits.tensors:
-            raise LimitExceeded(f"The file has more than {self._limits.tensors} tensors (tensors).")
+            raise exceeded(self._limits, "tensors", "The file has more tensors")
         return _TENSOR
 
     def _malformed(self, what: str) -> NoReturn:
@@ -438,7 +479,7 @@ _PUSHES: dict[str, Any] = dict.fromkeys(
 }
 
 _HANDLERS: dict[str, Callable[[_Walk, Any], None]] = {
-    "PROTO": _Walk.nothing,
+    "PROTO": _Walk.protocol,
     "STOP": _Walk.pop,
     "MARK": _Walk.mark,
     "TUPLE": _Walk.tuple_of_marked,

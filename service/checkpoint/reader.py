@@ -9,12 +9,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from service.checkpoint.detect import Kind, detect
-from service.checkpoint.limits import ReadLimits
+from service.checkpoint.limits import ReadLimits, exceeded
 from service.checkpoint.safetensors_file import read_safetensors
 from service.checkpoint.torch_file import read_torch_legacy, read_torch_zip, refuse_bare_pickle
 from service.checkpoint.unwrap import Weights, unwrap
 from service.checkpoint.weights import check_weights
-from service.errors import LimitExceeded, NotACheckpoint, UnsupportedContainer
+from service.errors import NotACheckpoint, UnsupportedContainer
 
 Container = Literal["safetensors", "torch-zip", "torch-legacy", "bundle"]
 
@@ -52,7 +52,7 @@ def read_checkpoint(
     limits = limits or ReadLimits()
     length = path.stat().st_size
     if length > limits.file_bytes:
-        raise LimitExceeded(f"The file has {length} bytes; file_bytes is {limits.file_bytes}.")
+        raise exceeded(limits, "file_bytes", f"The file has {length} bytes")
     loaded: Any
     container: Container
     bundle = False

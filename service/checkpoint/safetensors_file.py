@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from service.checkpoint.limits import ReadLimits
-from service.errors import LimitExceeded, NotACheckpoint, TruncatedFile, UnsupportedContainer
+from service.checkpoint.limits import ReadLimits, exceeded
+from service.errors import NotACheckpoint, TruncatedFile, UnsupportedContainer
 
 BUNDLE_KEY = "foldserve.program"
 """Metadata key whose presence makes a safetensors file a bundle: a program with its weights."""
@@ -54,16 +54,14 @@ def check_header(path: Path, limits: ReadLimits) -> dict[str, str]:
                 f"The safetensors header claims {header_bytes} bytes of a file of {length}."
             )
         if header_bytes > limits.header_bytes:
-            raise LimitExceeded(
-                f"The safetensors header has {header_bytes} bytes; header_bytes is "
-                f"{limits.header_bytes}."
-            )
+            found = f"The safetensors header has {header_bytes} bytes"
+            raise exceeded(limits, "header_bytes", found)
         header = _parse(file.read(header_bytes))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise NotACheckpoint("The safetensors metadata does not map strings to strings.")
     if len(header) > limits.tensors:
-        raise LimitExceeded(f"The file has more than {limits.tensors} tensors (tensors).")
+        raise exceeded(limits, "tensors", f"The file has {len(header)} tensors")
     _check_ranges(header, length - 8 - header_bytes)
     return metadata
 

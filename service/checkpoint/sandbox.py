@@ -7,7 +7,8 @@ Each measure is tried on its own and reported, because what a host or a containe
     memory_limit          RLIMIT_DATA, counted from what the fresh child already holds
     cpu_limit             RLIMIT_CPU
     file_size_limit       RLIMIT_FSIZE
-    writes_confined       landlock: no write, creation or removal outside the scratch folder
+    writes_confined       landlock: no write, creation or removal outside the scratch folder, and
+                          only plain files and folders in it
     system_calls_filtered seccomp: no sockets, programs, processes, signals to others, ptrace, ...
 
 RLIMIT_AS would count what torch only maps (libraries, reserved arenas, a checkpoint mapped from
@@ -52,6 +53,8 @@ _DENIED = (
     *("execve", "execveat", "fork", "vfork", "ptrace", "process_vm_readv", "process_vm_writev"),
     *("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_open", "pidfd_getfd"),
     *("pidfd_send_signal", "kcmp", "setns", "unshare"),
+    # links, by which the service could be led to other files
+    *("symlink", "symlinkat", "link", "linkat"),
     # file metadata, which landlock does not cover
     *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
     *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
@@ -148,6 +151,7 @@ def _confine_writes(scratch: Path) -> None:
     """
     version = _syscall(_SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
     write_file, truncate = 1 << 1, 1 << 14
+    special = 0b1111001 << 6  # make devices, sockets, pipes and links: who reads them is misled
     changes = write_file | 0x1FF0  # remove and make, every kind
     changes |= 1 << 13 if version >= 2 else 0  # link or rename between folders
     changes |= truncate if version >= 3 else 0
@@ -159,7 +163,7 @@ def _confine_writes(scratch: Path) -> None:
     )
     try:
         on_device = write_file | (truncate & changes)
-        for path, rights in ((scratch, changes), (Path("/dev/null"), on_device)):
+        for path, rights in ((scratch, changes & ~special), (Path("/dev/null"), on_device)):
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
                 rule = struct.pack("=Qi", rights, place)

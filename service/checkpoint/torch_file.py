@@ -12,8 +12,14 @@ from typing import Any, BinaryIO, Self
 import torch
 
 from service.checkpoint.archive import list_archive
-from service.checkpoint.limits import ReadLimits
-from service.checkpoint.pickle_scan import OPAQUE, OPAQUE_MAPPINGS, Scan, scan_pickle
+from service.checkpoint.limits import ReadLimits, exceeded
+from service.checkpoint.pickle_scan import (
+    OPAQUE,
+    OPAQUE_MAPPINGS,
+    Scan,
+    read_key_list,
+    scan_pickle,
+)
 from service.errors import LimitExceeded, NotACheckpoint, TruncatedFile, UnsupportedContainer
 
 _LEGACY_PICKLES_BEFORE = 3  # magic number, protocol version, system facts
@@ -53,10 +59,7 @@ def read_torch_zip(path: Path, limits: ReadLimits) -> Any:
     if pickle_bytes is None:
         raise NotACheckpoint("The archive has no data.pkl in its folder.")
     if pickle_bytes > limits.pickle_bytes:
-        raise LimitExceeded(
-            f"The pickle in the file has {pickle_bytes} bytes; pickle_bytes is "
-            f"{limits.pickle_bytes}."
-        )
+        raise exceeded(limits, "pickle_bytes", f"The file's pickle has {pickle_bytes} bytes")
     if archive.size("byteorder") is not None:
         order = archive.read("byteorder")[:16]
         if order != sys.byteorder.encode():
@@ -87,13 +90,14 @@ def read_torch_legacy(path: Path, limits: ReadLimits) -> Any:
             for _ in range(_LEGACY_PICKLES_BEFORE):
                 scan_pickle(head, limits)
             scan = scan_pickle(head, limits)
-            scan_pickle(head, limits)
+            keys = read_key_list(head, limits)
         except TruncatedFile:
             if len(head.getbuffer()) < limits.pickle_bytes:
                 raise
-            raise LimitExceeded(
-                f"The pickle in the file has more than {limits.pickle_bytes} bytes (pickle_bytes)."
-            ) from None
+            raise exceeded(limits, "pickle_bytes", "The file's pickle has more bytes") from None
+        # torch leaves a storage that the list forgets as it was allocated: with old memory in it.
+        if sorted(keys) != sorted(scan.storages):
+            raise NotACheckpoint("The list of storages is not that of the pickle.")
         file.seek(head.tell())
         _check_legacy_storages(file, path.stat().st_size, scan)
     _check_expansion(scan, path, limits)
@@ -129,17 +133,18 @@ def _check_legacy_storages(file: BinaryIO, length: int, scan: Scan) -> None:
 def _check_expansion(scan: Scan, path: Path, limits: ReadLimits) -> None:
     length = path.stat().st_size
     if scan.tensor_bytes > limits.tensor_expansion * length:
-        raise LimitExceeded(
-            f"The tensors of the {length} byte file spread over {scan.tensor_bytes} bytes; "
-            f"tensor_expansion is {limits.tensor_expansion}."
-        )
+        found = f"The tensors of the {length} byte file spread over {scan.tensor_bytes} bytes"
+        raise exceeded(limits, "tensor_expansion", found)
 
 
 def _load(path: Path, *, mapped: bool) -> Any:
     """torch's own reading. Mapped tensors stay in the file until they are used."""
+    # By its path torch takes a file of this name for safetensors, whatever it holds.
+    mapped = mapped and not path.name.endswith(".safetensors")
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with open(path, "rb") as file, torch.serialization.safe_globals(_STAND_INS):
+            source = path if mapped else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except Exception as error:

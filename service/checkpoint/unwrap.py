@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from service.checkpoint.limits import ReadLimits
-from service.errors import LimitExceeded, NoStateDict
+from service.checkpoint.limits import ReadLimits, exceeded
+from service.errors import NoStateDict
 
 Weights = Literal["model", "ema"]
 
@@ -58,9 +58,7 @@ def unwrap(
         raise NoStateDict(_why_none(top), keys=_shown(top))
     longest = max(map(len, state))
     if longest > limits.key_characters:
-        raise LimitExceeded(
-            f"A key has {longest} characters; key_characters is {limits.key_characters}."
-        )
+        raise exceeded(limits, "key_characters", f"A key has {longest} characters")
     prefixes, state = _without_prefixes(state)
     return state, (*wrappers, *prefixes)
 

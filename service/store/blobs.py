@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -91,8 +92,16 @@ class BlobStore:
         return BlobWriter(self, max_bytes)
 
     def put_file(self, path: Path) -> BlobRef:
-        """Copy one local file in; the same bytes again give the same blob."""
-        with open(path, "rb") as source, self.writer() as writer:
+        """Copy one local file in; the same bytes again give the same blob.
+
+        Only a plain file: a link is not followed and a pipe not waited for, because the file may
+        come from a process that is not trusted. Raises StoreError or StorageFull.
+        """
+        with _io_errors(f"read {path.name}"):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as source, self.writer() as writer:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise StoreError(f"{path.name} is not a plain file.")
             while chunk := source.read(CHUNK_BYTES):
                 writer.write(chunk)
             return writer.commit()

@@ -74,8 +74,8 @@ def allocate_bytes(size: int, progress: Progress) -> int:
     return len(bytearray(size))
 
 
-def allocate_tensor(size: int, progress: Progress) -> float:
-    return float(torch.ones(size, dtype=torch.uint8).sum())
+def allocate_tensor(size: int, progress: Progress) -> int:
+    return int(torch.ones(size, dtype=torch.uint8)[-1]) * size
 
 
 def share_memory(size: int, progress: Progress) -> None:
@@ -156,6 +156,8 @@ def attack(outside: str, victim: int, progress: Progress) -> dict[str, str]:
         "make a folder outside": _tried(lambda: (there / "folder").mkdir()),
         "rename outside": _tried(lambda: (there / "old").rename(there / "moved")),
         "link from outside": _tried(lambda: os.link(there / "old", "linked")),
+        "symbolic link": _tried(lambda: os.symlink(there / "old", "symbolic")),
+        "pipe": _tried(lambda: os.mkfifo("pipe")),
         "chmod outside": _tried(lambda: (there / "old").chmod(0o777)),
         "tcp": _tried(lambda: socket.socket(socket.AF_INET).close()),
         "unix": _tried(lambda: socket.socket(socket.AF_UNIX).close()),

@@ -19,9 +19,9 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     if request.param == "sqlite":
         yield sqlite_url(tmp_path / "catalog.sqlite")
         return
-    server = os.environ.get("FOLDSERVE_TEST_POSTGRES_URL")
+    server = os.environ.get("TEST_POSTGRES_URL")
     if not server:
-        pytest.skip("FOLDSERVE_TEST_POSTGRES_URL names no PostgreSQL server to test on")
+        pytest.skip("TEST_POSTGRES_URL names no PostgreSQL server to test on")
     name = f"foldserve_{uuid.uuid4().hex}"
     engine = create_engine(server, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
