@@ -101,6 +101,9 @@ def deploy_names(module: nn.Module) -> dict[str, str]:
 def deploy_skeleton(module: nn.Module) -> nn.Module:
     """A copy in which every block holds one plain layer under its official deploy key.
 
+    A module that is no block itself may list in `absorbed` the paths of its own modules and
+    parameters that its blocks' layers take over; they become None.
+
     The layers hold fresh weights: a deploy-form state dict is loaded into the result strictly.
     The input is not changed.
     """
@@ -114,6 +117,10 @@ def deploy_skeleton(module: nn.Module) -> nn.Module:
 def _fold_children(module: nn.Module) -> None:
     if isinstance(module, Reparameterizable):
         _drop_branches(module)
+    for path in getattr(module, "absorbed", ()):
+        # What a block's layer takes over from outside the block: a norm, a shift, a scale.
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, None)
     for name, child in list(module.named_children()):
         if isinstance(child, Reparameterizable) and not child.deploy_name:
             setattr(module, name, child.deploy_layer().train(child.training))
@@ -126,8 +133,12 @@ def _drop_branches(block: Reparameterizable) -> None:
     for name in own - set(block.kept):
         delattr(block, name)
     block.folded = True
-    # Official names may be dotted ("token_mixer.0"); none is today, so one level is enough.
-    block.add_module(block.deploy_name, block.deploy_layer().train(block.training))
+    parent: nn.Module = block
+    *containers, last = block.deploy_name.split(".")
+    for name in containers:
+        parent.add_module(name, nn.Module())
+        parent = parent.get_submodule(name)
+    parent.add_module(last, block.deploy_layer().train(block.training))
 
 
 def join(prefix: str, name: str) -> str:

@@ -14,6 +14,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "silu": nn.SiLU,
     "hardswish": nn.Hardswish,
+    "softplus": nn.Softplus,
     "none": nn.Identity,
 }
 

@@ -10,49 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.networks.base import Geometry, Reparameterizable
-from service.networks.blocks import ConvNorm, activation
+from service.networks.blocks import ConvNorm
 from service.networks.family import Family, Reading, Values
-from service.networks.keys import Keys, ratio
+from service.networks.keys import Keys
 from service.networks.mobileone import MobileOneBlock
-
-
-class LargeKernelConv(Reparameterizable):
-    """A large and a small kernel, each with batch norm. FastViT computes no activation after it.
-
-    (The official forward computes a GELU here and discards it.)
-    """
-
-    deploy_name = "lkb_reparam"
-    kept = ("act",)
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        groups: int = 1,
-        *,
-        small_kernel: int = 0,
-        act: str | None = None,
-        eps: float = 1e-5,
-    ) -> None:
-        io = (in_channels, out_channels)
-        super().__init__(Geometry(*io, kernel_size, stride, kernel_size // 2, groups=groups))
-        self.act = activation(act)
-        self.lkb_origin = ConvNorm(self.geometry, eps)
-        self.small_conv: ConvNorm | None = None
-        if small_kernel:
-            small = Geometry(*io, small_kernel, stride, small_kernel // 2, groups=groups)
-            self.small_conv = ConvNorm(small, eps)
-
-    def branches(self, x: Tensor) -> Tensor:
-        out: Tensor = self.lkb_origin(x)
-        return out if self.small_conv is None else out + self.small_conv(x)
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
+from service.networks.replknet import LargeKernelConv
 
 
 class RepMixer(Reparameterizable):
@@ -302,29 +264,6 @@ def _read(keys: Keys, hints: Values) -> Reading:
     return Reading(values, evidence, assumed)
 
 
-def _read_large(keys: Keys, hints: Values) -> Reading:
-    names = ("lkb_origin.conv.weight", "lkb_reparam.weight")
-    out, inner, size, _ = keys.shape(*names)
-    groups = hints.get("groups") or ratio(hints.get("in_channels", inner), inner)
-    values: Values = {
-        "in_channels": inner * groups,
-        "out_channels": out,
-        "kernel_size": size,
-        "groups": groups,
-    }
-    if keys.any("small_conv."):
-        values["small_kernel"] = keys.shape("small_conv.conv.weight")[2]
-    evidence = (
-        f"A {size}x{size} kernel `lkb_origin` with {values.get('small_kernel', 0)} beside it."
-    )
-    assumed = (
-        "`stride` is taken to be 1.",
-        f"`groups` is taken to be {groups}, which the keys do not tell.",
-        "`act` is taken to be none and batch norm's eps 1e-5.",
-    )
-    return Reading(values, (evidence,), assumed)
-
-
 def _read_mixer(keys: Keys, hints: Values) -> Reading:
     shape = keys.shape("mixer.rbr_conv.0.conv.weight")
     values: Values = {
@@ -366,14 +305,6 @@ ROWS = (
         signature=re.compile(r"^pe\.(weight|bias)$"),
         read=_read_position,
         make=RepCPE,
-        size=32,
-    ),
-    Family(
-        family="replknet",
-        network="ReparamLargeKernelConv",
-        signature=re.compile(r"^(lkb_origin|lkb_reparam)\."),
-        read=_read_large,
-        make=LargeKernelConv,
         size=32,
     ),
 )
