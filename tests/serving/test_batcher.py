@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -456,20 +456,3 @@ def test_in_any_interleaving_everyone_gets_their_own_rows_or_an_honest_error(
 def test_the_interleaving_check_notices_rows_that_are_mixed_up(device: DeviceThread) -> None:
     outcomes = asyncio.run(_storm(Doubler(largest=8, mix_rows=True), device, seed=1))
     assert "wrong rows" in outcomes
-
-
-def test_the_device_thread_returns_results_and_errors_and_survives_a_bad_job(
-    device: DeviceThread, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail() -> None:
-        raise ValueError("no")
-
-    async def scenario(call: Callable[[Callable[[], object]], Awaitable[object]]) -> None:
-        assert await call(lambda: 3) == 3
-        with pytest.raises(ValueError, match="no"):
-            await call(fail)
-        device.post(fail)
-        assert await call(torch.get_num_threads) == 1
-
-    asyncio.run(scenario(device.call))
-    assert "a job on device cpu raised" in caplog.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from statistics import median
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ def fastest(
     candidates: Mapping[str, Callable[[Tensor], object]],
     batches: Sequence[Tensor],
     *,
-    rounds: int = 3,
+    rounds: int = 5,
     margin: float = 0.02,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[None, None, tuple[str, dict[str, float]]]:
@@ -21,8 +20,9 @@ def fastest(
 
     A generator that gives way after every run and returns that pair.
     Candidates run in turn, `rounds` times after one warm-up; a candidate's figure is the product of
-    its median latencies over `batches`, so each batch size counts alike. The first candidate is the
-    default: another must beat it by `margin` to be chosen.
+    its shortest latencies over `batches`, so each batch size counts alike. The shortest, because
+    other work on the machine only ever adds time, and a choice should not depend on the weather.
+    The first candidate is the default: another must beat it by `margin` to be chosen.
     """
     scores = dict.fromkeys(candidates, 1.0)
     for batch in batches:
@@ -35,7 +35,7 @@ def fastest(
                     seconds[name].append(clock() - start)
                 yield
         for name, samples in seconds.items():
-            scores[name] *= median(samples)
+            scores[name] *= min(samples)
     default = next(iter(candidates))
     relative = {n: (s / scores[default]) ** (1 / len(batches)) for n, s in scores.items()}
     best = min(relative, key=lambda name: relative[name])

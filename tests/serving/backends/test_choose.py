@@ -57,9 +57,9 @@ def test_a_hair_is_not_enough_to_leave_the_default() -> None:
     assert _chosen({"a": clock.taking(1.0), "b": clock.taking(0.97)}, BATCHES, clock)[0] == "b"
 
 
-def test_the_first_run_and_one_stall_do_not_count() -> None:
+def test_the_first_run_and_stalls_do_not_count() -> None:
     clock = Clock()
-    slow_start = clock.taking(60.0, 0.5, 9.0, 0.5)
+    slow_start = clock.taking(60.0, 9.0, 0.5, 9.0, 8.0, 0.5)
     name, _ = _chosen({"a": clock.taking(1.0), "b": slow_start}, BATCHES[:1], clock)
     assert name == "b"
 
