@@ -9,4 +9,5 @@ import orjson
 
 def json_bytes(value: Any) -> bytes:
     """UTF-8 JSON; NumPy arrays and scalars, dates and dataclasses are understood, NaN is null."""
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+    options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_UTC_Z
+    return orjson.dumps(value, option=options)

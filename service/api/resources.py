@@ -38,7 +38,7 @@ def version_resource(record: VersionRecord, default_version: int | None) -> dict
         "architecture": record.architecture,
         "preprocessing": _preprocessing(record),
         "fusion": record.fusion,
-        "progress": record.progress,
+        "progress": None if record.state.final else record.progress,
         "error": None if record.error is None else problems.document(record.error, path),
         "created_at": record.created_at,
         "updated_at": record.updated_at,
