@@ -74,6 +74,7 @@ def run_sandboxed(
     on_progress: Progress | None = None,
     *,
     scratch: Path,
+    readable: Sequence[Path] | None = None,
     cancel: threading.Event | None = None,
 ) -> Any:
     """Call `target` ("module:function") in a confined child and return its result.
@@ -82,6 +83,8 @@ def run_sandboxed(
     to `progress` (a dict) and returns must be JSON-able. `on_progress` is called with those dicts
     in the calling thread; whatever it raises ends the child and is raised here. `scratch` is an
     existing folder, the child's working and temporary folder and the only place it may write.
+    With `readable` it may read those files and folders, `scratch`, and what belongs to the system
+    and to Python, but no other data (the catalog, other blobs); with None, whatever it finds.
     Setting `cancel` ends the child within 0.1 s.
 
     Safe to call from any thread. Raises the FoldserveError that the function raised;
@@ -93,7 +96,9 @@ def run_sandboxed(
     kills_before = _kernel_kills()
     reader, writer = Pipe(duplex=False)
     process = ChildProcess(
-        target=_child, args=(writer, target, tuple(args), limits, str(scratch)), daemon=True
+        target=_child,
+        args=(writer, target, tuple(args), limits, scratch.absolute(), readable),
+        daemon=True,
     )
     conversation = _Conversation(reader, process, limits, on_progress, cancel)
     try:
@@ -209,6 +214,8 @@ class _Conversation:
         self._messages += 1
         try:
             message = json.loads(line)
+            # No NaN and no half characters: neither could be stored or sent on.
+            json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError):
             message = None
         match message:
@@ -265,12 +272,13 @@ def _child(
     target: str,
     args: tuple[Any, ...],
     limits: ChildLimits,
-    scratch: str,
+    scratch: Path,
+    readable: Sequence[Path] | None,
 ) -> None:
     """The child's whole life. It ends here: nothing that was forked along runs at exit."""
     code = 1
     try:
-        answer = _answer(writer, target, args, limits, Path(scratch))
+        answer = _answer(writer, target, args, limits, scratch, readable)
         _send(writer, answer)
         code = 0
     except BaseException:
@@ -287,13 +295,14 @@ def _answer(
     args: tuple[Any, ...],
     limits: ChildLimits,
     scratch: Path,
+    readable: Sequence[Path] | None,
 ) -> dict[str, Any]:
     try:
-        _settle(writer, limits, scratch)
+        _settle(writer, limits, scratch, readable)
         module, _, name = target.partition(":")
         function = getattr(importlib.import_module(module), name)
         result = {"result": function(*args, lambda data: _send(writer, {"progress": data}))}
-        json.dumps(result)  # a result that is no JSON is the function's fault: said here
+        _encode(result)  # a result that is no JSON is the function's fault: said here
         return result
     except FoldserveError as error:
         return {"error": _jsonable(error)}
@@ -304,11 +313,16 @@ def _answer(
             text = f"The conversion needed more than {limits.memory_bytes} bytes of memory."
         else:
             traceback.print_exc()
-            kind, text = ConversionCrashed, f"{type(error).__name__}: {text[:500]}"
+            kind, text = ConversionCrashed, f"{type(error).__name__}: {_plain(text[:500])}"
         return {"error": kind(text, exception=type(error).__name__).to_dict()}
 
 
-def _settle(writer: Connection[Any, Any], limits: ChildLimits, scratch: Path) -> None:
+def _settle(
+    writer: Connection[Any, Any],
+    limits: ChildLimits,
+    scratch: Path,
+    readable: Sequence[Path] | None,
+) -> None:
     """Make this process ready for hostile input; see `service.checkpoint.sandbox`."""
     sandbox.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service decides when to stop
@@ -316,7 +330,8 @@ def _settle(writer: Connection[Any, Any], limits: ChildLimits, scratch: Path) ->
     # Whatever multiprocessing and the fork server had open. Their pipe to the service in
     # particular: while a child holds it, the fork server outlives the service.
     os.closerange(_STDERR + 1, writer.fileno())
-    os.closerange(writer.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+    most = os.sysconf("SC_OPEN_MAX")
+    os.closerange(writer.fileno() + 1, most if most > 0 else 1 << 16)
     os.nice(limits.nice)
     os.chdir(scratch)
     os.umask(0o077)
@@ -331,20 +346,29 @@ def _settle(writer: Connection[Any, Any], limits: ChildLimits, scratch: Path) ->
             memory_bytes=limits.memory_bytes,
             cpu_seconds=limits.cpu_seconds,
             file_bytes=limits.file_bytes,
+            readable=None if readable is None else [Path(path) for path in readable],
         )
     )
 
 
 def _send(writer: Connection[Any, Any], message: dict[str, Any]) -> None:
-    view = memoryview(json.dumps(message).encode() + b"\n")
+    view = memoryview(_encode(message))
     while view:
         view = view[os.write(writer.fileno(), view) :]
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _jsonable(error: FoldserveError) -> dict[str, Any]:
     data = error.to_dict()
     try:
-        json.dumps(data)
+        _encode(data)
     except (TypeError, ValueError):
-        data = {key: value if isinstance(value, str) else str(value) for key, value in data.items()}
+        data = {key: _plain(str(value)) for key, value in data.items()}
     return data
+
+
+def _plain(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()

@@ -12,7 +12,7 @@ from service.checkpoint.detect import Kind, detect
 from service.checkpoint.limits import ReadLimits, exceeded
 from service.checkpoint.safetensors_file import read_safetensors
 from service.checkpoint.torch_file import read_torch_legacy, read_torch_zip, refuse_bare_pickle
-from service.checkpoint.unwrap import Weights, unwrap
+from service.checkpoint.unwrap import Weights, check_keys, unwrap
 from service.checkpoint.weights import check_weights
 from service.errors import NotACheckpoint, UnsupportedContainer
 
@@ -73,6 +73,7 @@ def read_checkpoint(
                 container="hdf5",
             )
     if bundle:
+        check_keys(loaded, limits)
         check_weights(loaded)
         return Checkpoint(loaded, container, (), path)
     state, wrappers = unwrap(loaded, weights, limits)

@@ -98,7 +98,7 @@ def _check_ranges(header: dict[str, Any], data_bytes: int) -> None:
                 raise NotACheckpoint(f"The safetensors entry {name[:80]!r} is malformed.")
         if dtype not in _ITEM_BYTES:
             raise UnsupportedContainer(
-                f"Tensor {name[:80]!r} has elements of type {dtype[:20]}, which are not read.",
+                f"Tensor {name[:80]!r} has elements of type {dtype[:20]!r}, which are not read.",
                 remedy="Convert the tensors to float32, float16 or bfloat16.",
             )
         size = _ITEM_BYTES[dtype]

@@ -7,8 +7,8 @@ Each measure is tried on its own and reported, because what a host or a containe
     memory_limit          RLIMIT_DATA, counted from what the fresh child already holds
     cpu_limit             RLIMIT_CPU
     file_size_limit       RLIMIT_FSIZE
-    writes_confined       landlock: no write, creation or removal outside the scratch folder, and
-                          only plain files and folders in it
+    files_confined        landlock: no write, creation or removal outside the scratch folder, only
+                          plain files and folders in it; if asked, no reading of data elsewhere
     system_calls_filtered seccomp: no sockets, programs, processes, signals to others, ptrace, ...
 
 RLIMIT_AS would count what torch only maps (libraries, reserved arenas, a checkpoint mapped from
@@ -27,12 +27,17 @@ import os
 import resource
 import signal
 import struct
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
+_FILE_RIGHTS = 0b110 | 1 << 14  # read, write, truncate: all others are rights on folders
+_SYSTEM = ("/usr", "/lib", "/lib64", "/proc", "/sys", "/dev", "/etc/ld.so.cache", "/etc/localtime")
 _CLONE_THREAD = 0x00010000
 _CPU_GRACE_SECONDS = 5  # from SIGXCPU, which tells the reason, to SIGKILL, which cannot be ignored
 
@@ -42,7 +47,7 @@ FEATURES = (
     "memory_limit",
     "cpu_limit",
     "file_size_limit",
-    "writes_confined",
+    "files_confined",
     "system_calls_filtered",
 )
 
@@ -75,13 +80,19 @@ def die_with_parent() -> None:
 
 
 def confine(
-    scratch: Path, *, memory_bytes: int, cpu_seconds: int, file_bytes: int
+    scratch: Path,
+    *,
+    memory_bytes: int,
+    cpu_seconds: int,
+    file_bytes: int,
+    readable: Sequence[Path] | None = None,
 ) -> dict[str, bool]:
     """Confine this process for good; returns which of `FEATURES` are active.
 
-    `scratch` is where it may still write. `memory_bytes` of private memory may be added to what
-    the process has now; `cpu_seconds` of all its threads together end it with SIGXCPU;
-    `file_bytes` is the longest file it may write.
+    `scratch` is where it may still write, `readable` are the files and folders that it may read
+    beside the system's and Python's own (None: everything). `memory_bytes` of private memory may
+    be added to what the process has now; `cpu_seconds` of all its threads together end it with
+    SIGXCPU; `file_bytes` is the longest file it may write.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     active = dict.fromkeys(FEATURES, False)
@@ -90,7 +101,7 @@ def confine(
         "cpu_limit": lambda: _limit(resource.RLIMIT_CPU, cpu_seconds, grace=_CPU_GRACE_SECONDS),
         "file_size_limit": lambda: _limit(resource.RLIMIT_FSIZE, file_bytes),
         "no_new_privileges": lambda: _prctl(_PR_SET_NO_NEW_PRIVS, 1),
-        "writes_confined": lambda: _confine_writes(scratch),
+        "files_confined": lambda: _confine_files(scratch, readable),
         "capabilities_dropped": _drop_capabilities,
         "system_calls_filtered": _filter_system_calls,
     }
@@ -144,10 +155,11 @@ def _drop_capabilities() -> None:
     _check(_libc().capset(header, nothing))
 
 
-def _confine_writes(scratch: Path) -> None:
+def _confine_files(scratch: Path, readable: Sequence[Path] | None) -> None:
     """landlock (kernel 5.13 and later): handle every right that changes files, grant it below
-    `scratch` alone. From version 4 of the interface it also takes away TCP, from version 6 signals
-    and abstract sockets across its border. See the kernel's userspace-api/landlock document.
+    `scratch` alone, and likewise the rights to read. From version 4 of the interface it also takes
+    away TCP, from version 6 signals and abstract sockets across its border; it always takes away
+    looking into processes outside. See the kernel's userspace-api/landlock document.
     """
     version = _syscall(_SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
     write_file, truncate = 1 << 1, 1 << 14
@@ -157,16 +169,25 @@ def _confine_writes(scratch: Path) -> None:
     changes |= truncate if version >= 3 else 0
     network, scopes = (0b11 if version >= 4 else 0), (0b11 if version >= 6 else 0)
     fields = 3 if version >= 6 else 2 if version >= 4 else 1
-    attributes = struct.pack("=3Q", changes, network, scopes)[: 8 * fields]
+    grants = [(scratch, changes & ~special), (Path("/dev/null"), write_file | truncate)]
+    handled = changes
+    if readable is not None:
+        read_file, read_folder = 1 << 2, 1 << 3
+        handled |= read_file | read_folder
+        grants += [(path, read_file | read_folder) for path in (scratch, *readable, *_system())]
+        grants += [(Path(entry or "."), read_folder) for entry in sys.path]  # imports list these
+    attributes = struct.pack("=3Q", handled, network, scopes)[: 8 * fields]
     rules = _syscall(
         _SYS_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0)
     )
     try:
-        on_device = write_file | (truncate & changes)
-        for path, rights in ((scratch, changes & ~special), (Path("/dev/null"), on_device)):
+        for path, rights in grants:
+            if not path.exists():
+                continue
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
-                rule = struct.pack("=Qi", rights, place)
+                of_files = handled if path.is_dir() else _FILE_RIGHTS & handled
+                rule = struct.pack("=Qi", rights & of_files, place)
                 _syscall(_SYS_LANDLOCK_ADD, ctypes.c_int(rules), 1, rule, ctypes.c_uint(0))
             finally:
                 os.close(place)
@@ -186,6 +207,17 @@ def load_seccomp() -> ModuleType:
         return importlib.import_module("pyseccomp")
     except (RuntimeError, OSError) as error:
         raise ImportError(str(error)) from error
+
+
+def _system() -> Iterator[Path]:
+    """Where Python, its packages, the libraries below and the kernel's own files are."""
+    for text in {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *_SYSTEM}:
+        yield Path(text)
+    yield Path(__file__).parents[1]
+    for name in ("torch", "pyseccomp"):
+        module = sys.modules.get(name)
+        if module is not None and module.__file__:
+            yield Path(module.__file__).parent
 
 
 def _filter_system_calls() -> None:

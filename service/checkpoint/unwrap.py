@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from service.checkpoint.limits import ReadLimits, exceeded
-from service.errors import NoStateDict
+from service.errors import NoStateDict, NotACheckpoint
 
 Weights = Literal["model", "ema"]
 
@@ -56,11 +56,18 @@ def unwrap(
     state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not state or not all(isinstance(key, str) for key in state):
         raise NoStateDict(_why_none(top), keys=_shown(top))
-    longest = max(map(len, state))
-    if longest > limits.key_characters:
-        raise exceeded(limits, "key_characters", f"A key has {longest} characters")
+    check_keys(state, limits)
     prefixes, state = _without_prefixes(state)
     return state, (*wrappers, *prefixes)
+
+
+def check_keys(state: dict[str, Tensor], limits: ReadLimits) -> None:
+    """Raises LimitExceeded for a long key and NotACheckpoint for one that cannot be shown."""
+    for key in state:
+        if len(key) > limits.key_characters:
+            raise exceeded(limits, "key_characters", f"A key has {len(key)} characters")
+        if not key.isprintable():
+            raise NotACheckpoint(f"The key {key[:80]!r} holds characters that cannot be shown.")
 
 
 def _mapping(value: object) -> dict[Any, Any] | None:
@@ -103,7 +110,13 @@ def _why_none(top: dict[Any, Any]) -> str:
 
 
 def _shown(top: dict[Any, Any]) -> list[str]:
-    return [str(key)[:80] if isinstance(key, str | int) else "?" for key in list(top)[:_MAX_NAMED]]
+    """The first keys as text that any log and any response can hold."""
+    return [
+        str(key)[:80].encode("utf-8", "backslashreplace").decode()
+        if isinstance(key, str | int)
+        else "?"
+        for key in list(top)[:_MAX_NAMED]
+    ]
 
 
 def _named(top: dict[Any, Any]) -> str:

@@ -84,6 +84,7 @@ def test_our_errors_arrive_as_they_were_raised(scratch: Path) -> None:
     [
         ("divide", "ZeroDivisionError: division by zero"),
         ("give_a_tensor", "TypeError: .*not JSON"),
+        ("give_nan", "ValueError: .*not JSON"),
         ("missing", "AttributeError: .*missing"),
     ],
 )
@@ -162,7 +163,15 @@ def test_what_the_listener_raises_ends_the_child(scratch: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"\x80nonsense\n", b"[]\n", b'{"other": 1}\n', b'{"progress": 1}\n', b"[" * 100_000 + b"\n"],
+    [
+        b"\x80nonsense\n",
+        b"[]\n",
+        b'{"other": 1}\n',
+        b'{"progress": 1}\n',
+        b'{"result": NaN}\n',
+        b'{"result": "\\ud800"}\n',
+        b"[" * 100_000 + b"\n",
+    ],
 )
 def test_nonsense_from_the_child_is_a_crash(scratch: Path, text: bytes) -> None:
     with pytest.raises(ConversionCrashed, match="nothing sensible"):
@@ -212,7 +221,7 @@ def attack(scratch: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def test_it_writes_inside_its_folder_only(scratch: Path, tmp_path: Path) -> None:
-    needs("writes_confined")
+    needs("files_confined")
     found = attack(scratch, tmp_path)
     assert {found[f"{what} inside"] for what in ("write", "delete", "make a folder")} == {"done"}
     assert {result for what, result in found.items() if what.endswith("outside")} == {
@@ -220,6 +229,21 @@ def test_it_writes_inside_its_folder_only(scratch: Path, tmp_path: Path) -> None
         "old",
     }
     assert found["old"] == "precious"
+
+
+def test_it_reads_only_what_it_is_given(scratch: Path, tmp_path: Path) -> None:
+    needs("files_confined")
+    given, secret = tmp_path / "given", tmp_path / "secret"
+    for path in (given, secret):
+        path.write_text(path.name)
+    tests = Path(__file__).parents[1]
+    wanted = [str(given), str(secret), str(tmp_path), f"/proc/{os.getpid()}/environ", "/etc/passwd"]
+    found = run("look_at", wanted, scratch=scratch, readable=(given, tests))
+    assert found == ["given", *["PermissionError"] * 4]
+    freely = run("look_at", wanted[:2], scratch=scratch)
+    assert freely == ["given", "secret"], "the control: without the list both can be read"
+    work = run("export_and_train", scratch=scratch, readable=(tests,))
+    assert work["same"]
 
 
 def test_it_makes_no_links_or_pipes_that_could_mislead_the_service(

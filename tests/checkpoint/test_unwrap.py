@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from service.errors import (
     NegativeVariance,
     NonFiniteWeights,
     NoStateDict,
+    NotACheckpoint,
     UnsupportedContainer,
 )
 
@@ -157,6 +159,16 @@ def test_negative_variances_are_named() -> None:
 def test_sparse_weights_are_refused() -> None:
     with pytest.raises(UnsupportedContainer, match="sparse"):
         check_weights({"w": torch.eye(3).to_sparse()})
+
+
+@pytest.mark.parametrize("key", ["a\ud800b", "a\0b", "a\u202eb", "a\nb"])
+def test_keys_that_cannot_be_shown_are_refused(key: str) -> None:
+    with pytest.raises(NotACheckpoint, match="cannot be shown") as raised:
+        take({key: torch.ones(1)})
+    json.dumps(raised.value.to_dict(), ensure_ascii=False).encode()
+    with pytest.raises(NoStateDict) as none:
+        take({key: 1})
+    json.dumps(none.value.to_dict(), ensure_ascii=False).encode()
 
 
 def test_long_keys_are_refused() -> None:
