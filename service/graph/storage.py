@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from service.errors import InvalidProgram, UnsupportedOperator
+from service.graph.meta import evaluate
 from service.graph.operators import ATEN, DTYPES, OPERATORS
 from service.graph.program import Argument, DType, Node, Program, Ref, TensorSpec
 
@@ -223,7 +224,7 @@ def _check_shapes(program: Program) -> None:
         values[name] = tensor.to("meta")
     for node in program.nodes:
         try:
-            result = _call(node, values)
+            result = evaluate(node.op, node.args, values)
         except Exception as error:
             raise InvalidProgram(
                 f"Node {node.name!r} ({node.op}) does not fit its arguments: {error}"
@@ -243,22 +244,3 @@ def _sizes(shape: tuple[int | None, ...], actual: torch.Size) -> tuple[int, ...]
     if len(shape) != len(actual):
         return None
     return tuple(real if size is None else size for size, real in zip(shape, actual, strict=True))
-
-
-def _call(node: Node, values: dict[str, Any]) -> Any:
-    def resolve(argument: Argument) -> Any:
-        if isinstance(argument, Ref):
-            return values[argument.name]
-        if isinstance(argument, DType):
-            return DTYPES[argument.name]
-        if isinstance(argument, tuple):
-            return [resolve(item) for item in argument]
-        return argument
-
-    if node.op not in ATEN:
-        return OPERATORS[node.op](*(resolve(value) for value in node.args.values()))
-    schema = ATEN[node.op]._schema.arguments
-    keyword = {argument.name for argument in schema if argument.kwarg_only}
-    args = [resolve(value) for key, value in node.args.items() if key not in keyword]
-    kwargs = {key: resolve(value) for key, value in node.args.items() if key in keyword}
-    return OPERATORS[node.op](*args, **kwargs)
