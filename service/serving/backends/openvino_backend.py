@@ -8,6 +8,7 @@ and 2 there). Fewer rows than cores are run by all cores together.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -155,7 +156,12 @@ class _OpenVino:
 
 
 def _openvino() -> Any:
-    """The package: optional, without type stubs, and a while to import, so only when it is used."""
+    """The package: optional, without type stubs, and a while to import, so only when it is used.
+
+    It reports its use to its makers unless told otherwise; without the package `openvino_telemetry`
+    it puts a stub in its place, so that one is hidden from it. Nothing here leaves the host.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return import_module("openvino")
 
 

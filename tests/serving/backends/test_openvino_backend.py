@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -50,6 +52,20 @@ def _prepare(program: Program, precision: Precision = "float32", largest: int = 
     prepared = backend_named("openvino").prepare(program, "cpu", precision, (1, largest))
     list(prepared.warm())
     return prepared
+
+
+def test_nothing_is_reported_to_its_makers() -> None:
+    """In a fresh process, because whoever imports the package first decides."""
+    code = (
+        "import sys; from service.serving.backends.openvino_backend import _openvino;"
+        "_openvino().convert_model; import openvino.tools.ovc.telemetry_utils as used;"
+        "print(used.tm.__name__, sorted(n for n in sys.modules if n.startswith('openvino_tele')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[0] == "openvino.tools.ovc.telemetry_stub"
+    assert "['openvino_telemetry']" in done.stdout  # the entry that hides it, and no submodule
 
 
 def test_it_is_listed() -> None:
