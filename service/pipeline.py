@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from service.checkpoint import Checkpoint, ReadLimits, read_checkpoint
+from service.checkpoint.archive import Archive
+from service.checkpoint.weights import check_weights
 from service.errors import CertificateFailed, InvalidConfig, InvalidProgram
 from service.fusion import (
+    BlockLayer,
     Certificate,
     Fusion,
     block_tensors,
@@ -29,15 +32,16 @@ from service.fusion import (
     quantisation_report,
     ranges_to_dict,
 )
-from service.graph import Program, load_program, save_program, trace
+from service.graph import Program, Pt2Limits, load_program, load_pt2, save_program, trace
 from service.networks import (
     ModelConfig,
     Recognition,
+    blocks_of,
     build,
-    deploy_names,
     deploy_skeleton,
     recognise,
 )
+from service.networks.base import join
 
 STAGES = ("read", "recognise", "build", "fuse", "certify", "write")
 """Stages of `convert` in order, as progress reports name them."""
@@ -94,7 +98,7 @@ def convert(
     report("read")
     checkpoint = read_checkpoint(source, limits, config.weights)
     report("recognise")
-    network = understand(checkpoint, config, lambda: report("build"))
+    network = understand(checkpoint, config, lambda: report("build"), limits)
     report("fuse")
     fusion = fuse(network.program)
     total = len(fusion.regions)
@@ -115,11 +119,16 @@ def convert(
 
 
 def understand(
-    checkpoint: Checkpoint, config: ModelConfig, building: Callable[[], None] | None = None
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    building: Callable[[], None] | None = None,
+    limits: ReadLimits | None = None,
 ) -> Network:
-    """Recognise and build the network of a checkpoint, or take the program of a bundle."""
+    """Recognise and build the network of a checkpoint, or take the program that it brings."""
     if checkpoint.bundle is not None:
         return _bundled(load_program(checkpoint.bundle), config)
+    if checkpoint.archive is not None:
+        return _bundled(exported(checkpoint.archive, limits or ReadLimits()), config, "pt2")
     recognition = recognise(checkpoint.state, config)
     if building is not None:
         building()
@@ -140,26 +149,42 @@ def understand(
     return Network(program, recognition.form, architecture, module, recognition)
 
 
-def _bundled(program: Program, config: ModelConfig) -> Network:
+def exported(archive: Archive, limits: ReadLimits) -> Program:
+    """The program of a torch.export archive, its weights checked as a checkpoint's are."""
+    program = load_pt2(
+        archive.path,
+        archive.places,
+        Pt2Limits(
+            json_bytes=limits.header_bytes,
+            tensors=limits.tensors,
+            tensor_expansion=limits.tensor_expansion,
+        ),
+    )
+    check_weights(program.weights)
+    return program
+
+
+def _bundled(program: Program, config: ModelConfig, container: str = "bundle") -> Network:
     if config.architecture is not None:
         raise InvalidConfig(
-            "`architecture` is given, but a bundle brings its own program.", field="architecture"
+            f"`architecture` is given, but a {container} brings its own program.",
+            field="architecture",
         )
     shape = program.inputs[0].shape
     if not shape or shape[0] is not None or None in shape[1:]:
-        raise InvalidProgram("The bundle's first input needs a batch axis and fixed sizes.")
+        raise InvalidProgram("The program's first input needs a batch axis and fixed sizes.")
     specs = program.specs()
     output = specs[program.outputs[0]].shape
     architecture: dict[str, Any] = {
         "family": "program",
-        "name": "bundle",
+        "name": container,
         "num_classes": output[1] if len(output) == 2 else None,
         "input_shape": list(shape[1:]),
         "hyperparameters": {},
-        "evidence": [f"The file is a bundle of {len(program.nodes)} operators."],
+        "evidence": [f"The file is a {container} of {len(program.nodes)} operators."],
         "assumed": [],
         "dropped": [],
-        "container": "bundle",
+        "container": container,
         "wrappers": [],
     }
     return Network(program, "train", architecture)
@@ -204,13 +229,37 @@ def deploy_state(
     if network.module is None:
         return {name: tensor.contiguous() for name, tensor in fusion.program.weights.items()}
     if network.form == "deploy":
-        own = network.module.state_dict()
-        return {key: tensor.contiguous().clone() for key, tensor in own.items()}
-    fused = block_tensors(fusion.analysis, deploy_names(network.module))
+        return _public(network, network.module.state_dict())
+    fused = block_tensors(fusion.analysis, block_layers(network.module))
     with torch.device("meta"):
         keys = deploy_skeleton(network.module).state_dict().keys()
     own = network.module.state_dict()
-    return {key: (fused[key] if key in fused else own[key]).contiguous().clone() for key in keys}
+    return _public(
+        network, {key: (fused[key] if key in fused else own[key]).contiguous() for key in keys}
+    )
+
+
+def block_layers(module: nn.Module) -> dict[str, BlockLayer]:
+    """What the engine has to know about a network's blocks to make their deploy layers."""
+    absorbed = tuple(
+        join(path, name)
+        for path, part in module.named_modules()
+        for name in getattr(part, "absorbed", ())
+    )
+    return {
+        path: BlockLayer(
+            deploy=join(path, block.deploy_name),
+            kept=tuple(join(path, child) for child in block.kept),
+            absorbed=absorbed,
+        )
+        for path, block in blocks_of(module)
+    }
+
+
+def _public(network: Network, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state under the names of the project that the upload came from."""
+    named = network.recognition.public_key if network.recognition is not None else str
+    return {named(key): tensor.clone() for key, tensor in state.items()}
 
 
 def summary(fusion: Fusion, certificate: Certificate) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The fusion engine: linear multi-branch regions of a program become single operators."""
 
 from service.fusion.affine import Rule
-from service.fusion.blocks import block_tensors
+from service.fusion.blocks import BlockLayer, block_tensors
 from service.fusion.certificate import Certificate, CertificateLimits, certify
 from service.fusion.engine import Fusion, fuse
 from service.fusion.ranges import LayerRange, quantisation_report, ranges_to_dict
@@ -9,6 +9,7 @@ from service.fusion.report import Block, Report, Totals
 
 __all__ = [
     "Block",
+    "BlockLayer",
     "Certificate",
     "CertificateLimits",
     "Fusion",

@@ -2,12 +2,13 @@
 
 The served program may fuse across what a project calls a block, or leave alone what it merges. A
 deploy checkpoint needs exactly one kernel a block. Both come from the same analysis: a block's
-kernel is the form of its last linear value relative to the block's input.
+kernel is the form of its last linear value relative to the value that enters the block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,36 +19,37 @@ from service.fusion.cover import emitted_geometry, usable
 from service.fusion.kernels import regrouped
 
 
-def block_tensors(
-    analysis: Analysis,
-    blocks: Mapping[str, str],
-    excluded: Mapping[str, tuple[str, ...]] | None = None,
-) -> dict[str, Tensor]:
-    """`{deploy path}.weight` and `.bias` (float32) of every block.
+@dataclass(frozen=True)
+class BlockLayer:
+    """One block's layer in the deploy form.
 
-    `blocks` maps a block's dotted path to the path of its layer in the deploy form; `excluded` maps
-    a block to the children that stay behind that layer. Raises FusionError for a block without a
-    linear value, or whose value no single layer computes.
+    `deploy` is the layer's dotted path; `kept` are paths inside the block that stay behind it;
+    `absorbed` paths outside the block, of modules or parameters, that the layer takes over.
+    """
+
+    deploy: str
+    kept: tuple[str, ...] = ()
+    absorbed: tuple[str, ...] = ()
+
+
+def block_tensors(analysis: Analysis, blocks: Mapping[str, BlockLayer]) -> dict[str, Tensor]:
+    """`{deploy path}.weight` and `.bias` (float32) of every block, keyed by the block's path.
+
+    Raises FusionError for a block without a linear value that a single layer computes.
     """
     tensors = {}
-    for block, deploy in blocks.items():
-        form = block_form(analysis, block, (excluded or {}).get(block, ()))
+    for block, layer in blocks.items():
+        form = block_form(analysis, block, layer)
         kernel = regrouped(form.weight(), form.geometry.groups, emitted_geometry(form).groups)
-        prefix = f"{deploy}." if deploy else ""
+        prefix = f"{layer.deploy}." if layer.deploy else ""
         tensors[f"{prefix}weight"] = kernel.float().contiguous()
         tensors[f"{prefix}bias"] = form.bias.interior.float().contiguous()
     return tensors
 
 
-def block_form(analysis: Analysis, block: str, excluded: tuple[str, ...] = ()) -> Form:
+def block_form(analysis: Analysis, block: str, layer: BlockLayer) -> Form:
     """The form of a block's last linear value relative to the value that enters the block."""
-    kept = tuple(f"{block}.{child}" if block else child for child in excluded)
-    members = {
-        node.name
-        for node in analysis.program.nodes
-        if _within(node.source, block) and not any(_within(node.source, path) for path in kept)
-    }
-    members -= analysis.constants.computed
+    members = _members(analysis, block, layer)
     best: Form | None = None
     for node in analysis.program.nodes:
         if node.name not in members:
@@ -58,6 +60,34 @@ def block_form(analysis: Analysis, block: str, excluded: tuple[str, ...] = ()) -
     if best is None:
         raise FusionError(f"The block {block!r} has no linear value that one layer computes.")
     return best
+
+
+def _members(analysis: Analysis, block: str, layer: BlockLayer) -> set[str]:
+    """The nodes that belong to the layer."""
+    absorbed = _absorbed_constants(analysis, layer.absorbed)
+    return {
+        node.name
+        for node in analysis.program.nodes
+        if node.name not in analysis.constants.computed
+        and (
+            (_within(node.source, block) and not _within_any(node.source, layer.kept))
+            or _within_any(node.source, layer.absorbed)
+            or any(name in absorbed for name in node.refs())
+        )
+    }
+
+
+def _absorbed_constants(analysis: Analysis, paths: tuple[str, ...]) -> set[str]:
+    """Absorbed parameters, and constants computed from them."""
+    found = {name for name in analysis.program.weights if _within_any(name, paths)}
+    for node in analysis.program.nodes:
+        if node.name in analysis.constants.computed and any(n in found for n in node.refs()):
+            found.add(node.name)
+    return found
+
+
+def _within_any(source: str, paths: Iterable[str]) -> bool:
+    return any(_within(source, path) for path in paths)
 
 
 def _within(source: str, path: str) -> bool:
