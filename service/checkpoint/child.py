@@ -82,7 +82,7 @@ def run_sandboxed(
     The function is called as `function(*args, progress)`; `args` must be picklable, what it gives
     to `progress` (a dict) and returns must be JSON-able. `on_progress` is called with those dicts
     in the calling thread; whatever it raises ends the child and is raised here. `scratch` is an
-    existing folder, the child's working and temporary folder and the only place it may write.
+    existing folder, the child's folder for temporary files and the only place it may write.
     With `readable` it may read those files and folders, `scratch`, and what belongs to the system
     and to Python, but no other data (the catalog, other blobs); with None, whatever it finds.
     Setting `cancel` ends the child within 0.1 s.
@@ -333,7 +333,7 @@ def _settle(
     most = os.sysconf("SC_OPEN_MAX")
     os.closerange(writer.fileno() + 1, most if most > 0 else 1 << 16)
     os.nice(limits.nice)
-    os.chdir(scratch)
+    # The working folder stays: paths relative to it that the service passed on keep their meaning.
     os.umask(0o077)
     for name in ("TMPDIR", "HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
         os.environ[name] = str(scratch)

@@ -22,7 +22,7 @@ class ReadLimits:
         header_bytes: JSON header of a safetensors file, bytes.
         pickle_bytes: the pickle of a torch file without its tensors, bytes.
         pickle_operations: instructions of that pickle, count. They are walked in Python at about
-            a million a second; a tensor takes about 40.
+            half a million a second; a tensor takes about 40.
         tensors: tensors in the file, count.
         tensor_expansion: sum of the tensors' elements in bytes over the file's length, ratio.
             Above 1 only where tensors share storage, as tied weights do.
@@ -34,7 +34,7 @@ class ReadLimits:
     archive_expansion: float = 1.05
     header_bytes: int = 32 << 20
     pickle_bytes: int = 32 << 20
-    pickle_operations: int = 4_000_000
+    pickle_operations: int = 2_000_000
     tensors: int = 50_000
     tensor_expansion: float = 2.0
     key_characters: int = 512

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,10 @@ def look_at(paths: list[str], progress: Progress) -> list[str]:
         except OSError as error:
             found.append(type(error).__name__)
     return found
+
+
+def read_here(name: str, progress: Progress) -> str:
+    return Path(name).read_text()
 
 
 def die(number: int, progress: Progress) -> None:
@@ -132,7 +137,7 @@ def state(progress: Progress) -> dict[str, Any]:
             for name in os.listdir("/proc/self/fd")
             if os.path.exists(f"/proc/self/fd/{name}")
         ),
-        "cwd": os.getcwd(),
+        "temporary": tempfile.gettempdir(),
         "nice": os.nice(0),
         "threads": torch.get_num_threads(),
         "main": getattr(sys.modules["__main__"], "__file__", None),
@@ -158,6 +163,7 @@ def _tried(action: Callable[[], object]) -> str:
 
 def attack(outside: str, victim: int, progress: Progress) -> dict[str, str]:
     """What a child under an attacker's control gets done."""
+    os.chdir(tempfile.gettempdir())
     there = Path(outside)
     inside = Path("inside")
     return {
@@ -199,6 +205,8 @@ def _raise_limit() -> None:
 
 
 def write_much(progress: Progress) -> str:
+    os.chdir(tempfile.gettempdir())
+
     def write() -> None:
         with open("large", "wb") as file:
             for _ in range(64):
@@ -209,6 +217,7 @@ def write_much(progress: Progress) -> str:
 
 def export_and_train(progress: Progress) -> dict[str, Any]:
     """That the confinement leaves everything possible that a conversion does."""
+    os.chdir(tempfile.gettempdir())
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
     net.eval()
     batch = torch.export.Dim("batch", min=1, max=64)

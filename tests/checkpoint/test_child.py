@@ -70,6 +70,15 @@ def test_results_and_progress_come_back_in_order(scratch: Path) -> None:
     assert seen == [{"stage": "adding", "done": done} for done in range(3)]
 
 
+def test_relative_paths_mean_what_they_meant_to_the_caller(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("add", 1, 2, scratch=scratch)  # the fork server may start elsewhere
+    monkeypatch.chdir(scratch.parent)
+    (scratch / "file").write_text("found")
+    assert run("read_here", "scratch/file", scratch=Path("scratch")) == "found"
+
+
 def test_our_errors_arrive_as_they_were_raised(scratch: Path) -> None:
     with pytest.raises(MixedForm, match="Half is converted") as raised:
         run("refuse", scratch=scratch)
@@ -199,7 +208,7 @@ def test_a_half_said_message_does_not_hold_the_parent(scratch: Path) -> None:
 
 def test_the_child_starts_with_little(scratch: Path) -> None:
     found = run("state", scratch=scratch, limits=ChildLimits(threads=2, nice=7))
-    assert found["cwd"] == str(scratch)
+    assert found["temporary"] == str(scratch)
     assert len(found["descriptors"]) == 4, "standard three and the pipe to the parent"
     assert found["threads"] == 2
     assert found["nice"] == min(19, os.nice(0) + 7)
@@ -278,7 +287,8 @@ def test_without_the_sandbox_the_same_attack_succeeds(
     outside.mkdir()
     inside.mkdir()
     (outside / "old").write_text("precious")
-    monkeypatch.chdir(inside)
+    monkeypatch.setattr("tempfile.tempdir", str(inside))
+    monkeypatch.chdir(inside)  # put back afterwards: the attack changes it
     found = targets.attack(str(outside), os.getpid(), lambda _: None)
     for what in ("write outside", "make a folder outside", "tcp", "unix", "symbolic link", "pipe"):
         assert found[what] == "done", what
