@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from service.checkpoint.limits import ReadLimits, exceeded
 from service.errors import NotACheckpoint, TruncatedFile, UnsupportedContainer
@@ -31,9 +31,13 @@ _ODD_NAME = re.compile(r"[\x00-\x1f\x7f\\:]|(^|/)\.{0,2}(/|$)")
 
 @dataclass(frozen=True)
 class Archive:
-    """A listed torch archive: by name below its one folder, each entry's place in the file."""
+    """A listed torch archive: by name below its one folder, each entry's place in the file.
+
+    `kind` says who wrote it, going by the names: torch.save, or torch.export.save ("pt2").
+    """
 
     path: Path
+    kind: Literal["torch-zip", "pt2"]
     places: dict[str, tuple[int, int]]
 
     def size(self, name: str) -> int | None:
@@ -50,11 +54,11 @@ class Archive:
 
 
 def list_archive(path: Path, limits: ReadLimits) -> Archive:
-    """List the torch.save archive at `path`.
+    """List the archive of torch.save or torch.export.save at `path`.
 
     Raises TruncatedFile when the directory at the end is missing, UnsupportedContainer for
-    TorchScript, torch.export and other zip archives, LimitExceeded for too many entries or for
-    entries that expand, NotACheckpoint for any shape that torch.save does not write.
+    TorchScript and other zip archives, LimitExceeded for too many entries or for entries that
+    expand, NotACheckpoint for any shape that torch does not write.
     """
     length = path.stat().st_size
     with open(path, "rb") as file:
@@ -66,7 +70,7 @@ def list_archive(path: Path, limits: ReadLimits) -> Archive:
         raise TruncatedFile(f"The zip archive has no readable directory: {error}.") from None
     except (NotImplementedError, ValueError, OverflowError, struct.error) as error:
         raise NotACheckpoint(f"The zip archive is malformed: {error}.") from None
-    _refuse_other_kinds([info.filename for info in infos])
+    kind = _kind([info.filename for info in infos])
     expanded = sum(info.file_size for info in infos)
     if expanded > limits.archive_expansion * length:
         found = f"The archive's {length} bytes expand to {expanded}"
@@ -77,7 +81,7 @@ def list_archive(path: Path, limits: ReadLimits) -> Archive:
     roots = {name.split("/", 1)[0] for name in places}
     if len(roots) != 1:
         raise NotACheckpoint(f"The archive has {len(roots)} top folders; torch.save writes one.")
-    return Archive(path, {name.split("/", 1)[1]: place for name, place in places.items()})
+    return Archive(path, kind, {name.split("/", 1)[1]: place for name, place in places.items()})
 
 
 def _check_directory_size(file: BinaryIO, length: int, limits: ReadLimits) -> None:
@@ -102,8 +106,8 @@ def _check_directory_size(file: BinaryIO, length: int, limits: ReadLimits) -> No
         raise exceeded(limits, "archive_entries", found)
 
 
-def _refuse_other_kinds(names: list[str]) -> None:
-    """Give the archives that are not state dicts their own sentence."""
+def _kind(names: list[str]) -> Literal["torch-zip", "pt2"]:
+    """Which archive this is; those that are not read get their own sentence."""
     below = {name.split("/", 1)[-1] for name in names}
     if "constants.pkl" in below or any(name.startswith("code/") for name in below):
         raise UnsupportedContainer(
@@ -112,15 +116,16 @@ def _refuse_other_kinds(names: list[str]) -> None:
             "torch.save(torch.jit.load(path).state_dict(), 'weights.pth').",
             container="torchscript",
         )
+    if "archive_format" in below:
+        return "pt2"
     if any(
-        name.startswith(("models/", "serialized_exported_program", "archive_format"))
-        or name == "model.json"
+        name.startswith(("models/", "serialized_exported_program")) or name == "model.json"
         for name in (*below, *names)
     ):
         raise UnsupportedContainer(
-            "This is a torch.export archive (.pt2), which is not read yet.",
-            remedy="Upload the state dict: torch.save(torch.export.load(path).state_dict, "
-            "'weights.pth'), run where you trust the file.",
+            "This is a torch.export archive (.pt2) of an older layout.",
+            remedy="Load it where you trust it and save it again with torch 2.13, or upload the "
+            "state dict: torch.save(torch.export.load(path).state_dict, 'weights.pth').",
             container="pt2",
         )
     if names and all(name.endswith(".npy") for name in names):
@@ -131,6 +136,7 @@ def _refuse_other_kinds(names: list[str]) -> None:
         )
     if "data.pkl" not in below:
         raise NotACheckpoint("The file is a zip archive, but not one that torch.save wrote.")
+    return "torch-zip"
 
 
 def _check_layout(

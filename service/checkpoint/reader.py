@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from service.checkpoint.archive import Archive, list_archive
 from service.checkpoint.detect import Kind, detect
 from service.checkpoint.limits import ReadLimits, exceeded
 from service.checkpoint.safetensors_file import read_safetensors
@@ -16,7 +17,7 @@ from service.checkpoint.unwrap import Weights, check_keys, unwrap
 from service.checkpoint.weights import check_weights
 from service.errors import NotACheckpoint, UnsupportedContainer
 
-Container = Literal["safetensors", "torch-zip", "torch-legacy", "bundle"]
+Container = Literal["safetensors", "torch-zip", "torch-legacy", "hdf5", "bundle", "pt2"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,20 @@ class Checkpoint:
 
     Attributes:
         state: key -> tensor on the CPU in the file's own dtype, detached, all finite.
-        container: how it was stored. A "bundle" is a safetensors file that holds a program.
+        container: how it was stored. A "bundle" is a safetensors file that holds a program, a
+            "pt2" an archive of torch.export.
         wrappers: what was taken off around the state dict, from the outside in, as in
             ("state_dict", "module.").
         bundle: the path of the file when it is a bundle, for `service.graph.load_program`.
+        archive: the listed file when it is a pt2, for `service.graph.load_pt2`, which reads its
+            weights; `state` is empty then.
     """
 
     state: dict[str, Tensor]
     container: Container
     wrappers: tuple[str, ...]
     bundle: Path | None
+    archive: Archive | None = None
 
 
 def read_checkpoint(
@@ -61,7 +66,10 @@ def read_checkpoint(
             loaded, bundle = read_safetensors(path, limits)
             container = "bundle" if bundle else "safetensors"
         case Kind.ZIP:
-            loaded, container = read_torch_zip(path, limits), "torch-zip"
+            archive = list_archive(path, limits)
+            if archive.kind == "pt2":
+                return Checkpoint({}, "pt2", (), None, archive)
+            loaded, container = read_torch_zip(archive, limits), "torch-zip"
         case Kind.TORCH_LEGACY:
             loaded, container = read_torch_legacy(path, limits), "torch-legacy"
         case Kind.BARE_PICKLE:

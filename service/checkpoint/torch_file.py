@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
-from service.checkpoint.archive import list_archive
+from service.checkpoint.archive import Archive
 from service.checkpoint.limits import ReadLimits, exceeded
 from service.checkpoint.pickle_scan import (
     OPAQUE,
@@ -52,9 +52,8 @@ _STAND_INS: list[Any] = [
 ]
 
 
-def read_torch_zip(path: Path, limits: ReadLimits) -> Any:
+def read_torch_zip(archive: Archive, limits: ReadLimits) -> Any:
     """The object in a zip file of torch.save, tensors on the CPU. Raises CheckpointError kinds."""
-    archive = list_archive(path, limits)
     pickle_bytes = archive.size("data.pkl")
     if pickle_bytes is None:
         raise NotACheckpoint("The archive has no data.pkl in its folder.")
@@ -78,8 +77,8 @@ def read_torch_zip(path: Path, limits: ReadLimits) -> Any:
                 f"{record}.",
                 remedy="The file is damaged or forged; upload the original.",
             )
-    _check_expansion(scan, path, limits)
-    return _load(path, mapped=True)
+    _check_expansion(scan, archive.path, limits)
+    return _load(archive.path, mapped=True)
 
 
 def read_torch_legacy(path: Path, limits: ReadLimits) -> Any:

@@ -2,6 +2,8 @@
 
 from service.graph.module import ProgramModule, run
 from service.graph.program import Argument, DType, Node, Program, Ref, TensorSpec
+from service.graph.pt2 import load_pt2
+from service.graph.pt2_archive import Pt2Limits
 from service.graph.storage import load_program, save_program
 from service.graph.trace import from_exported, trace
 
@@ -11,10 +13,12 @@ __all__ = [
     "Node",
     "Program",
     "ProgramModule",
+    "Pt2Limits",
     "Ref",
     "TensorSpec",
     "from_exported",
     "load_program",
+    "load_pt2",
     "run",
     "save_program",
     "trace",

@@ -165,7 +165,7 @@ def _zip(*names: str) -> bytes:
         (_zip("word/document.xml"), NotACheckpoint, "not one that torch.save wrote"),
         (_zip("net/data.pkl", "net/constants.pkl"), UnsupportedContainer, "TorchScript"),
         (_zip("net/data.pkl", "net/code/__torch__.py"), UnsupportedContainer, "TorchScript"),
-        (_zip("e/models/model.json", "e/archive_format"), UnsupportedContainer, "torch.export"),
+        (_zip("e/models/model.json"), UnsupportedContainer, "torch.export"),
         (_zip("serialized_exported_program.json"), UnsupportedContainer, "torch.export"),
         (pickle.dumps({"w": [1, 2]}), UnsupportedContainer, "plain pickle"),
         (pickle.dumps({"w": [1, 2]}, protocol=2), UnsupportedContainer, "plain pickle"),
@@ -181,12 +181,14 @@ def test_everything_else_is_told_what_it_is(
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-def test_a_real_export_archive_is_told(tmp_path: Path) -> None:
+def test_a_real_export_archive_is_listed(tmp_path: Path) -> None:
     net = nn.Conv2d(1, 1, 1).eval()
     image = torch.ones(1, 1, 4, 4)
     torch.export.save(torch.export.export(net, (image,)), tmp_path / "net.pt2")
-    with pytest.raises(UnsupportedContainer, match=r"torch\.export"):
-        forge.read(tmp_path / "net.pt2")
+    found = forge.read(tmp_path / "net.pt2")
+    assert (found.container, found.state, found.bundle) == ("pt2", {}, None)
+    assert found.archive is not None
+    assert "models/model.json" in found.archive.places
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy", "safetensors"])
