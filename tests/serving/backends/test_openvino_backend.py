@@ -54,6 +54,13 @@ def _prepare(program: Program, precision: Precision = "float32", largest: int = 
     return prepared
 
 
+@pytest.fixture(scope="module")
+def shared(program: Program) -> Prepared:
+    """Prepared once for the tests that only run it: exporting a program takes a second."""
+    torch.set_num_threads(2)
+    return _prepare(program)
+
+
 def test_nothing_is_reported_to_its_makers() -> None:
     """In a fresh process, because whoever imports the package first decides."""
     code = (
@@ -93,24 +100,22 @@ def test_every_number_of_rows_gives_the_modules_outputs_in_order(
             assert not torch.allclose(logits[:1].double(), truth[-1:], rtol=1e-5) or size == 1
 
 
-def test_a_later_run_does_not_overwrite_an_earlier_answer(program: Program) -> None:
-    prepared = _prepare(program)
+def test_a_later_run_does_not_overwrite_an_earlier_answer(shared: Prepared) -> None:
     for size in (1, 4):
-        first = prepared.run(torch.ones(size, 3, 10, 10))[0]
+        first = shared.run(torch.ones(size, 3, 10, 10))[0]
         kept = first.clone()
-        prepared.run(torch.full((size, 3, 10, 10), -3.0))
+        shared.run(torch.full((size, 3, 10, 10), -3.0))
         assert torch.equal(first, kept)
 
 
-def test_rows_in_any_memory_format_are_accepted(program: Program) -> None:
-    prepared = _prepare(program)
+def test_rows_in_any_memory_format_are_accepted(shared: Prepared) -> None:
     batch = torch.randn(4, 3, 10, 10)
     last = batch.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(prepared.run(batch)[0], prepared.run(last)[0])
+    assert torch.equal(shared.run(batch)[0], shared.run(last)[0])
 
 
-def test_the_description_says_how_threads_are_used(program: Program) -> None:
-    data = _prepare(program).describe().to_dict()
+def test_the_description_says_how_threads_are_used(program: Program, shared: Prepared) -> None:
+    data = shared.describe().to_dict()
     assert (data["backend"], data["precision"], data["threads"]) == ("openvino", "float32", 2)
     assert data["layout"] == "2 x 1 thread"
     assert _prepare(program, largest=1).describe().layout == "1 x 2 threads"
