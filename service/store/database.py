@@ -13,12 +13,13 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.pool import ConnectionPoolEntry
 
 SQLITE_BUSY_SECONDS = 30
 """How long a SQLite writer waits for the one before it."""
 
+_POSTGRES = {"postgresql", "postgres"}
 _WRITES = "foldserve_writes"
 _MIGRATION_LOCK = 0x466F6C64  # any constant: names the PostgreSQL advisory lock
 
@@ -29,7 +30,7 @@ def open_engine(url: str) -> Engine:
     Any SQLAlchemy URL of SQLite (a file) or PostgreSQL (psycopg 3). Several processes may open
     the same database at once: one migrates, the others wait.
     """
-    parsed = make_url(url)
+    parsed = database_url(url)
     sqlite = parsed.get_backend_name() == "sqlite"
     if sqlite and parsed.database in (None, "", ":memory:"):
         raise ValueError("the catalog needs a database file: each connection sees its own :memory:")
@@ -43,6 +44,12 @@ def open_engine(url: str) -> Engine:
         engine.dispose()
         raise
     return engine
+
+
+def database_url(url: str) -> URL:
+    """`url` parsed; a PostgreSQL URL that names no driver gets psycopg 3."""
+    parsed = make_url(url)
+    return parsed.set(drivername="postgresql+psycopg") if parsed.drivername in _POSTGRES else parsed
 
 
 def writing(engine: Engine) -> Engine:

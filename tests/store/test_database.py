@@ -13,7 +13,7 @@ from sqlalchemy import Column, Integer, MetaData, inspect, text
 
 from service.errors import StoreError
 from service.store import Catalog, sqlite_url
-from service.store.database import alembic_config, migrate, open_engine, writing
+from service.store.database import alembic_config, database_url, migrate, open_engine, writing
 from service.store.schema import Base
 
 
@@ -83,6 +83,19 @@ def test_sqlite_is_durable_and_checks_references(tmp_path: Path) -> None:
         "foreign_keys": 1,
         "busy_timeout": 30_000,
     }
+
+
+@pytest.mark.parametrize(
+    ("url", "driver"),
+    [
+        ("postgres://db/foldserve", "postgresql+psycopg"),
+        ("postgresql://db/foldserve", "postgresql+psycopg"),
+        ("postgresql+psycopg://db/foldserve", "postgresql+psycopg"),
+        ("sqlite:////data/catalog.sqlite", "sqlite"),
+    ],
+)
+def test_postgresql_is_spoken_to_through_psycopg(url: str, driver: str) -> None:
+    assert database_url(url).drivername == driver
 
 
 def test_a_private_memory_database_is_refused() -> None:
