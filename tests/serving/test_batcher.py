@@ -453,6 +453,14 @@ def test_in_any_interleaving_everyone_gets_their_own_rows_or_an_honest_error(
     assert outcomes.count("answered") > 30
 
 
+@pytest.mark.soak
+def test_thousands_of_interleavings(device: DeviceThread) -> None:
+    for seed in range(100, 200):
+        dice = random.Random(1000 + seed)
+        fake = Doubler(largest=1 + seed % 16, pause=lambda dice=dice: dice.random() * 0.001)
+        assert set(asyncio.run(_storm(fake, device, seed, requests=400))) <= ALLOWED
+
+
 def test_the_interleaving_check_notices_rows_that_are_mixed_up(device: DeviceThread) -> None:
     outcomes = asyncio.run(_storm(Doubler(largest=8, mix_rows=True), device, seed=1))
     assert "wrong rows" in outcomes

@@ -29,7 +29,7 @@ class Small(nn.Module):
         return logits, logits * 2
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -57,7 +57,6 @@ def _prepare(program: Program, precision: Precision = "float32", largest: int = 
 @pytest.fixture(scope="module")
 def shared(program: Program) -> Prepared:
     """Prepared once for the tests that only run it: exporting a program takes a second."""
-    torch.set_num_threads(2)
     return _prepare(program)
 
 
