@@ -241,16 +241,15 @@ def deploy_state(
 
 def block_layers(module: nn.Module) -> dict[str, BlockLayer]:
     """What the engine has to know about a network's blocks to make their deploy layers."""
-    absorbed = tuple(
-        join(path, name)
+    absorbed = {
+        path: tuple(join(path, name) for name in getattr(part, "absorbed", ()))
         for path, part in module.named_modules()
-        for name in getattr(part, "absorbed", ())
-    )
+    }
     return {
         path: BlockLayer(
             deploy=join(path, block.deploy_name),
             kept=tuple(join(path, child) for child in block.kept),
-            absorbed=absorbed,
+            absorbed=absorbed[path.rpartition(".")[0]],
         )
         for path, block in blocks_of(module)
     }

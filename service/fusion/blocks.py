@@ -49,29 +49,41 @@ def block_tensors(analysis: Analysis, blocks: Mapping[str, BlockLayer]) -> dict[
 
 def block_form(analysis: Analysis, block: str, layer: BlockLayer) -> Form:
     """The form of a block's last linear value relative to the value that enters the block."""
-    members = _members(analysis, block, layer)
+    own, adopted = _own(analysis, block, layer), _adopted(analysis, layer)
+    members = own | adopted
     best: Form | None = None
     for node in analysis.program.nodes:
         if node.name not in members:
             continue
         for form in analysis.forms.get(node.name, {}).values():
-            if form.nodes <= members and form.root not in members and usable(form):
+            inside = form.nodes <= members and form.nodes & own and form.root not in members
+            if inside and usable(form):
                 best = form
     if best is None:
         raise FusionError(f"The block {block!r} has no linear value that one layer computes.")
     return best
 
 
-def _members(analysis: Analysis, block: str, layer: BlockLayer) -> set[str]:
-    """The nodes that belong to the layer."""
+def _own(analysis: Analysis, block: str, layer: BlockLayer) -> set[str]:
+    """The block's nodes, without those of the children that stay behind the layer."""
+    return {
+        node.name
+        for node in analysis.program.nodes
+        if node.name not in analysis.constants.computed
+        and _within(node.source, block)
+        and not _within_any(node.source, layer.kept)
+    }
+
+
+def _adopted(analysis: Analysis, layer: BlockLayer) -> set[str]:
+    """Nodes of absorbed modules, and nodes that use absorbed parameters."""
     absorbed = _absorbed_constants(analysis, layer.absorbed)
     return {
         node.name
         for node in analysis.program.nodes
         if node.name not in analysis.constants.computed
         and (
-            (_within(node.source, block) and not _within_any(node.source, layer.kept))
-            or _within_any(node.source, layer.absorbed)
+            _within_any(node.source, layer.absorbed)
             or any(name in absorbed for name in node.refs())
         )
     }

@@ -61,7 +61,7 @@ def node_cost(node: Node, specs: dict[str, TensorSpec]) -> float:
     """Cost of running the node as it is. Arithmetic outside products counts one an element."""
     if node.op in _FREE or node.shape is None:
         return 0.0
-    read = sum(elements(specs[name].shape) for name in set(node.refs()) if name in specs)
+    read = sum(elements(specs[name].shape) for name in set(node.refs()) if _counts(name, specs))
     arithmetic = node_macs(node, specs) or elements(node.shape)
     if node.op.startswith("aten.avg_pool"):
         size = node.args["kernel_size"]
@@ -70,11 +70,16 @@ def node_cost(node: Node, specs: dict[str, TensorSpec]) -> float:
     return arithmetic + MACS_PER_ELEMENT * (read + elements(node.shape))
 
 
+def _counts(name: str, specs: dict[str, TensorSpec]) -> bool:
+    """Whether reading a value counts as traffic; biases and other vectors are too small to."""
+    return name in specs and len(specs[name].shape) > 1
+
+
 def form_cost(geometry: Geometry, rows: int) -> float:
     """Cost of one operator with this geometry; `rows` counts positions that are not spatial."""
     source = geometry.in_channels * math.prod(geometry.in_size) * rows
     result = geometry.out_channels * math.prod(geometry.out_size) * rows
-    weights = math.prod(geometry.weight_shape) + geometry.out_channels
+    weights = math.prod(geometry.weight_shape)
     return geometry.macs * rows + MACS_PER_ELEMENT * (source + result + weights)
 
 

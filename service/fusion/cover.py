@@ -108,7 +108,9 @@ class _Covering:
             if (len(form.nodes) > 1 or form.trivial) and usable(form)
         ]
         best = min(options, key=lambda option: option[:2], default=None)
-        if best is None or best[0] > kept:
+        # Whatever removes an operator costs strictly less, so at equal cost nothing is gained: this
+        # keeps a batch norm with the convolution before it, not the one after.
+        if best is None or (best[0] >= kept and not best[2].trivial):
             self.best[name], self.choice[name] = kept, None
             if best is not None:
                 self.lost[name] = (kept, best[0])
