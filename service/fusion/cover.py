@@ -112,7 +112,7 @@ class _Covering:
         # keeps a batch norm with the convolution before it, not the one after.
         if best is None or (best[0] >= kept and not best[2].trivial):
             self.best[name], self.choice[name] = kept, None
-            if best is not None:
+            if best is not None and best[0] > kept:
                 self.lost[name] = (kept, best[0])
         else:
             self.best[name], self.choice[name] = best[0], best[2]
