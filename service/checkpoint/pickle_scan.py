@@ -17,6 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from service.checkpoint.limits import ReadLimits, exceeded
+from service.checkpoint.pickle_policy import (
+    ALLOWED,
+    CALLABLE,
+    OPAQUE,
+    OPAQUE_MAPPINGS,
+    ORDERED_DICT,
+    STORAGE_ITEM_BYTES,
+    TENSOR_MAKERS,
+)
 from service.errors import (
     LimitExceeded,
     NotACheckpoint,
@@ -26,72 +35,6 @@ from service.errors import (
     WholeModulePickle,
 )
 
-STORAGE_ITEM_BYTES = {
-    f"torch.{prefix}{name}Storage": size
-    for prefix in ("", "cuda.")
-    for name, size in {
-        "Double": 8,
-        "Float": 4,
-        "Half": 2,
-        "BFloat16": 2,
-        "Long": 8,
-        "Int": 4,
-        "Short": 2,
-        "Char": 1,
-        "Byte": 1,
-        "Bool": 1,
-        "ComplexDouble": 16,
-        "ComplexFloat": 8,
-    }.items()
-} | {"torch.storage.UntypedStorage": 1}
-"""Bytes of one element of each storage type that is read; quantised and sparse ones are not."""
-
-OPAQUE = frozenset(
-    {
-        "numpy.dtype",
-        "numpy.ndarray",
-        *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
-        *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "pathlib.WindowsPath",
-        "pathlib.PureWindowsPath",
-        "datetime.datetime",
-        "builtins.list",
-        "builtins.dict",
-        "builtins.int",
-        "builtins.float",
-    }
-)
-"""Metadata that training scripts save beside the weights: read as an inert nothing."""
-
-OPAQUE_MAPPINGS = frozenset(
-    {
-        "argparse.Namespace",
-        "collections.defaultdict",
-        "easydict.EasyDict",
-        "yacs.config.CfgNode",
-    }
-)
-"""The same for things that hold keys: read as an empty-handed mapping."""
-
-_ORDERED_DICT = "collections.OrderedDict"
-_TENSOR_MAKERS = {"torch._utils._rebuild_tensor_v2": (6, 7), "torch._utils._rebuild_tensor": (4, 4)}
-_CALLABLE = OPAQUE | OPAQUE_MAPPINGS | {_ORDERED_DICT, "torch.Size", "torch.device", "builtins.set"}
-_DTYPES = frozenset(
-    f"torch.{name}"
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool"),
-        *("uint8", "int8", "int16", "int32", "int64", "float8_e4m3fn", "float8_e5m2"),
-    )
-)
-_ALLOWED = (
-    _CALLABLE
-    | _DTYPES
-    | set(STORAGE_ITEM_BYTES)
-    | set(_TENSOR_MAKERS)
-    | {"torch._utils._rebuild_parameter", "_codecs.encode"}
-)
 _PROTOCOL = 2
 _MAX_DIMENSIONS = 64
 _MAX_NAMED = 8
@@ -323,7 +266,7 @@ class _Walk:
     def _global(self, module: str, name: str) -> None:
         module, name = NAME_MAPPING.get((module, name), (module, name))
         full = f"{IMPORT_MAPPING.get(module, module)}.{name}"
-        if full not in _ALLOWED:
+        if full not in ALLOWED:
             shown = full[:120].encode("ascii", "backslashreplace").decode()
             if shown not in self.scan.forbidden:
                 self.scan.forbidden.append(shown)
@@ -347,11 +290,11 @@ class _Walk:
         name = kind.name if isinstance(kind, _Global) else None
         if name in OPAQUE:
             self._stack.append(_INERT)
-        elif name == _ORDERED_DICT or name in OPAQUE_MAPPINGS:
+        elif name == ORDERED_DICT or name in OPAQUE_MAPPINGS:
             self._stack.append(_ORDERED)
         else:
             # Making tensors or storages this way allocates whatever the arguments say.
-            if name in _ALLOWED:
+            if name in ALLOWED:
                 self._malformed(f"makes a {name} without its constructor")
             self._stack.append(_OTHER)
 
@@ -382,7 +325,7 @@ class _Walk:
             case _:
                 self._malformed("refers to something other than a storage")
         if kind not in STORAGE_ITEM_BYTES:
-            if kind in _ALLOWED:
+            if kind in ALLOWED:
                 self._malformed(f"has a storage of type {kind}")
             self._stack.append(_OTHER)
             return
@@ -394,7 +337,7 @@ class _Walk:
     # ---- the functions that weights need ------------------------------------------------------
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        if name in _TENSOR_MAKERS:
+        if name in TENSOR_MAKERS:
             return self._tensor(name, arguments)
         if name == "torch._utils._rebuild_parameter":
             if not arguments or arguments[0] is not _TENSOR:
@@ -405,16 +348,16 @@ class _Walk:
             if len(arguments) != 2 or arguments[1] not in ("latin1", "latin-1"):
                 self._malformed("calls a codec other than latin1")
             return _OTHER
-        if name == _ORDERED_DICT or name in OPAQUE_MAPPINGS:
+        if name == ORDERED_DICT or name in OPAQUE_MAPPINGS:
             return _ORDERED
         if name in OPAQUE:
             return _INERT
-        if name not in _CALLABLE and name in _ALLOWED:
+        if name not in CALLABLE and name in ALLOWED:
             self._malformed(f"calls {name}")
         return _OTHER
 
     def _tensor(self, name: str, arguments: tuple[Any, ...]) -> _Symbol:
-        fewest, most = _TENSOR_MAKERS[name]
+        fewest, most = TENSOR_MAKERS[name]
         if not fewest <= len(arguments) <= most or not isinstance(arguments[0], Storage):
             self._malformed("describes a tensor in an unknown way")
         if arguments[6:] not in ((), (None,)):

@@ -13,13 +13,8 @@ import torch
 
 from service.checkpoint.archive import Archive
 from service.checkpoint.limits import ReadLimits, exceeded
-from service.checkpoint.pickle_scan import (
-    OPAQUE,
-    OPAQUE_MAPPINGS,
-    Scan,
-    read_key_list,
-    scan_pickle,
-)
+from service.checkpoint.pickle_policy import OPAQUE, OPAQUE_MAPPINGS
+from service.checkpoint.pickle_scan import Scan, read_key_list, scan_pickle
 from service.errors import LimitExceeded, NotACheckpoint, TruncatedFile, UnsupportedContainer
 
 _LEGACY_PICKLES_BEFORE = 3  # magic number, protocol version, system facts
