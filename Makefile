@@ -68,11 +68,11 @@ lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install -q '$(call pin,torch)' '$(call pin,setuptools)'
-	$(VENV)-lock/bin/pip install -q --no-build-isolation '.[demo,test]'
+	$(VENV)-lock/bin/pip install -q --no-build-isolation '.[demo,test,openvino,postgres]'
 	grep '^#' $(LOCK) > $(LOCK).new
 	$(VENV)-lock/bin/pip freeze --all --exclude foldserve --exclude pip | sed 's/+.*//' | LC_ALL=C sort -f >> $(LOCK).new
 	mv $(LOCK).new $(LOCK)
-	rm -rf $(VENV)-lock
+	rm -rf $(VENV)-lock build
 
 clean:
 	rm -rf $(VENV) $(VENV)-lock build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
