@@ -10,12 +10,13 @@ from torch import Tensor
 
 from service.checkpoint.archive import Archive, list_archive
 from service.checkpoint.detect import Kind, detect
+from service.checkpoint.hdf5_file import read_hdf5
 from service.checkpoint.limits import ReadLimits, exceeded
 from service.checkpoint.safetensors_file import read_safetensors
 from service.checkpoint.torch_file import read_torch_legacy, read_torch_zip, refuse_bare_pickle
 from service.checkpoint.unwrap import Weights, check_keys, unwrap
 from service.checkpoint.weights import check_weights
-from service.errors import NotACheckpoint, UnsupportedContainer
+from service.errors import NotACheckpoint
 
 Container = Literal["safetensors", "torch-zip", "torch-legacy", "hdf5", "bundle", "pt2"]
 
@@ -75,11 +76,7 @@ def read_checkpoint(
         case Kind.BARE_PICKLE:
             refuse_bare_pickle(path, limits)
         case Kind.HDF5:
-            raise UnsupportedContainer(
-                "This is an HDF5 file, which is not read yet.",
-                remedy="Read its datasets with h5py into a dict of tensors and torch.save that.",
-                container="hdf5",
-            )
+            loaded, container = read_hdf5(path, limits), "hdf5"
     if bundle:
         check_keys(loaded, limits)
         check_weights(loaded)

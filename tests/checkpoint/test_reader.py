@@ -159,7 +159,7 @@ def _zip(*names: str) -> bytes:
         (_tar(), UnsupportedContainer, "tar"),
         (_npy(), UnsupportedContainer, "numpy array"),
         (_npz(a=np.zeros(2), b=np.ones(3)), UnsupportedContainer, "numpy archive"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(100), UnsupportedContainer, "HDF5"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), NotACheckpoint, "HDF5"),
         (b"GGUF" + bytes(100), UnsupportedContainer, "GGUF"),
         (_zip(), NotACheckpoint, "empty zip"),
         (_zip("word/document.xml"), NotACheckpoint, "not one that torch.save wrote"),
