@@ -1,8 +1,9 @@
 """What every re-parameterizable block is, and the two things that follow from it alone.
 
-A block computes `tail(branches(x))`: `branches` is linear in evaluation mode, so that it can become
-one convolution, and `tail` is what follows it (squeeze-and-excitation, an activation). A block only
-declares; how branches become one kernel is the business of `service.fusion`.
+A block computes `tail(branches(entry(x)))`: `branches` is linear in evaluation mode, so that it can
+become one convolution; `entry`, which few blocks have, and `tail` (squeeze-and-excitation, an
+activation) stay as they are. A block only declares; how branches become one kernel is the business
+of `service.fusion`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Reparameterizable(nn.Module):
     """A multi-branch block that equals one layer in evaluation mode.
 
     Subclasses set `deploy_name` (the official name of that one layer inside the block; empty where
-    the layer takes the block's own place), list in `kept` the children that the tail uses, and
-    define `branches`. Input and output are (N, C, H, W) float tensors.
+    the layer takes the block's own place), list in `kept` the children that entry and tail use,
+    and define `branches`. Input and output are (N, C, H, W) float tensors.
     """
 
     deploy_name: ClassVar[str]
@@ -56,6 +57,10 @@ class Reparameterizable(nn.Module):
         super().__init__()
         self.geometry = geometry
         self.folded = False
+
+    def entry(self, x: Tensor) -> Tensor:
+        """What precedes the branches; nothing by default."""
+        return x
 
     def branches(self, x: Tensor) -> Tensor:
         """The linear multi-branch part."""
@@ -70,6 +75,7 @@ class Reparameterizable(nn.Module):
         return self.geometry.conv(bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.entry(x)
         if self.folded:
             return self.tail(self.get_submodule(self.deploy_name)(x))
         return self.tail(self.branches(x))

@@ -36,13 +36,14 @@ class ModelConfig:
     """The checked config of one upload; every field may be left out.
 
     `architecture` is a name, or an object with `name` and constructor values that the keys cannot
-    tell, as in `{"name": "RepVGG", "stem_stride": 1}`. `input_shape` is (channels, height, width).
+    tell, as in `{"name": "RepVGG", "stem_stride": 1}`. `input_shape` is (channels, height, width),
+    or of another rank where the network takes one; the batch axis is left out.
     """
 
     __pydantic_config__ = _STRICT
 
     architecture: str | dict[str, Any] | None = None
-    input_shape: tuple[Extent, Extent, Extent] | None = None
+    input_shape: Annotated[tuple[Extent, ...], Field(min_length=1, max_length=4)] | None = None
     preprocessing: Preprocessing | None = None
     labels: tuple[str, ...] | None = None
     weights: Literal["model", "ema"] = "model"

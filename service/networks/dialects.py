@@ -157,6 +157,41 @@ def _timm_fastvit(keys: Keys) -> tuple[Pair, ...]:
     )
 
 
+def _timm_repvit(keys: Keys) -> tuple[Pair, ...]:
+    pairs: list[Pair] = [("stem.conv1.", "features.0.0."), ("stem.conv2.", "features.0.2.")]
+    place = 1
+
+    def block(theirs: str) -> None:
+        here = f"features.{place}."
+        pairs.append((f"{theirs}token_mixer.", f"{here}token_mixer.0."))
+        pairs.append((f"{theirs}se.", f"{here}token_mixer.1."))
+        pairs.append((f"{theirs}channel_mixer.conv1.", f"{here}channel_mixer.m.0."))
+        pairs.append((f"{theirs}channel_mixer.conv2.", f"{here}channel_mixer.m.2."))
+
+    for index in range(keys.count("stages.")):
+        stage = f"stages.{index}."
+        down = f"{stage}downsample."
+        if keys.any(f"{down}pre_block."):
+            block(f"{down}pre_block.")
+            place += 1
+        if keys.any(down):
+            here = f"features.{place}."
+            pairs.append((f"{down}spatial_downsample.", f"{here}token_mixer.0."))
+            pairs.append((f"{down}channel_downsample.", f"{here}token_mixer.2."))
+            pairs.append((f"{down}ffn.conv1.", f"{here}channel_mixer.m.0."))
+            pairs.append((f"{down}ffn.conv2.", f"{here}channel_mixer.m.2."))
+            place += 1
+        for number in range(keys.count(f"{stage}blocks.")):
+            block(f"{stage}blocks.{number}.")
+            place += 1
+    return (
+        *pairs,
+        ("head.head.", "classifier.classifier."),
+        ("head.head_dist.", "classifier.classifier_dist."),
+        ("head.", "classifier."),
+    )
+
+
 def _mm_repvgg(keys: Keys) -> tuple[Pair, ...]:
     return (
         ("backbone.stem.", "stage0."),
@@ -188,6 +223,7 @@ def _mm_mobileone(keys: Keys) -> tuple[Pair, ...]:
 
 DIALECTS: tuple[Dialect, ...] = (
     Dialect("timm", _is_timm_repvgg, _timm_repvgg),
+    Dialect("timm", _matches(r"^stages\.[0-9]+\.blocks\.[0-9]+\.channel_mixer\."), _timm_repvit),
     Dialect(
         "timm",
         _matches(r"^stages\.[0-9]+\.blocks\.[0-9]+\.(token_mixer|mlp)\.", r"^final_conv\."),

@@ -35,7 +35,8 @@ class Family:
     `read(keys, hints)` gives a Reading, where `hints` are constructor values that the uploader
     fixed, and `in_channels` if they gave an input shape. `named` are the published configurations.
     `dropped` matches keys that training alone uses and that are left out. `size` is the input
-    height and width that is assumed unless the config gives one.
+    height and width that is assumed unless the config gives one; `shape` replaces both where the
+    input is no image (the empty shape for features alone).
     """
 
     family: str
@@ -46,6 +47,11 @@ class Family:
     named: Mapping[str, Values] = field(default_factory=dict)
     dropped: re.Pattern[str] | None = None
     size: int = 224
+    shape: tuple[int, ...] | None = None
+
+    def input_shape(self, channels: int) -> tuple[int, ...]:
+        """The input shape without the batch axis that is assumed for `channels`."""
+        return (channels, *((self.size, self.size) if self.shape is None else self.shape))
 
     def claims(self, keys: Keys) -> bool:
         """Whether any key has the family's signature."""

@@ -52,7 +52,7 @@ class Recognition:
     form: Form
     hyperparameters: Values
     num_classes: int | None
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     evidence: tuple[str, ...]
     assumed: tuple[str, ...]
     dropped: tuple[str, ...]
@@ -109,15 +109,14 @@ def _recognise(shapes: Mapping[str, Shape], config: ModelConfig) -> Recognition:
         head = {k: v for k, v in values.items() if k in ("num_classes", "in_channels")}
         values = {**published, **head, **requested.values}
     values = family.complete(values)
-    _agree(config, values)
+    _agree(family, config, values)
     dropped = tuple(key for key in shapes if family.dropped and family.dropped.search(key))
     network = _lay_out(family, values, requested=bool(requested.values))
     form = _compare(family, network, {k: s for k, s in shapes.items() if k not in set(dropped)})
-    channels = values.get("in_channels", 3)
-    size = family.size
+    shape = config.input_shape or family.input_shape(_channels(values))
     told = tuple(s for s in reading.assumed if not _fixed(s, requested.values))
     if config.input_shape is None:
-        told = (*told, f"The input is taken to be {channels}x{size}x{size}.")
+        told = (*told, f"The input is taken to be {show(shape)}.")
     return Recognition(
         family=family.family,
         network=family.network,
@@ -125,7 +124,7 @@ def _recognise(shapes: Mapping[str, Shape], config: ModelConfig) -> Recognition:
         form=form,
         hyperparameters=values,
         num_classes=values.get("num_classes"),
-        input_shape=config.input_shape or (channels, size, size),
+        input_shape=shape,
         evidence=reading.evidence,
         assumed=told,
         dropped=dropped,
@@ -199,10 +198,21 @@ def _lay_out(family: Family, values: Values, *, requested: bool) -> nn.Module:
         ) from None
 
 
-def _agree(config: ModelConfig, values: Values) -> None:
+def _channels(values: Values) -> int:
+    """The channels that enter a network or block of these constructor values."""
+    return int(values.get("in_channels") or values.get("channels") or 3)
+
+
+def _agree(family: Family, config: ModelConfig, values: Values) -> None:
     """Raise InvalidConfig where input shape or labels contradict what the shapes told."""
-    channels, classes = values.get("in_channels"), values.get("num_classes")
-    if config.input_shape and channels and config.input_shape[0] != channels:
+    channels, classes = _channels(values), values.get("num_classes")
+    rank = len(family.input_shape(channels))
+    if config.input_shape and len(config.input_shape) != rank:
+        raise InvalidConfig(
+            f"`input_shape` has {len(config.input_shape)} axes; {family.network} takes {rank}.",
+            field="input_shape",
+        )
+    if config.input_shape and config.input_shape[0] != channels:
         raise InvalidConfig(
             f"`input_shape` has {config.input_shape[0]} channels; the network takes {channels}.",
             field="input_shape",
@@ -228,8 +238,10 @@ def _compare(family: Family, network: nn.Module, shapes: Mapping[str, Shape]) ->
             f"and {len(of_deploy)} to the deploy form only (such as {_list(of_deploy)}).",
             keys=[*of_deploy[:25], *of_train[:25]],
         )
-    form: Form = "deploy" if of_deploy else "train"
-    _check(family, deploy if of_deploy else train, shapes)
+    # Some deploy forms have no key of their own, only fewer.
+    fewer = not of_train and any(key not in deploy for key in train)
+    form: Form = "deploy" if of_deploy or fewer else "train"
+    _check(family, deploy if form == "deploy" else train, shapes)
     return form
 
 
@@ -239,13 +251,13 @@ def _check(family: Family, own: Mapping[str, Shape], found: Mapping[str, Shape])
     if missing:
         also = f" In their place it holds {_list(extra)}." if extra else ""
         raise MissingKeys(
-            f"A {family.network} of these shapes has {_list(missing)}, which the file lacks.{also}",
+            f"{family.network} of these shapes has {_list(missing)}, which the file lacks.{also}",
             keys=missing[:50],
             unexpected=extra[:50],
         )
     if extra:
         raise UnexpectedKeys(
-            f"A {family.network} of these shapes has no {_list(extra)}.", keys=extra[:50]
+            f"{family.network} of these shapes has no {_list(extra)}.", keys=extra[:50]
         )
     wrong = [k for k in own if k in found and own[k] != found[k] and not _BOOKKEEPING.search(k)]
     if wrong:
