@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from service import __version__
+from tests.api import tiny
+
+
+def samples(http: httpx.Client) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """Every sample: name -> labels -> value. Parsing it checks the format."""
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            labels = tuple(sorted(sample.labels.items()))
+            found.setdefault(sample.name, {})[labels] = sample.value
+    return found
+
+
+def test_live_and_ready(http: httpx.Client) -> None:
+    assert http.get("/health/live").json() == {"status": "ok"}
+    assert http.get("/health/ready").status_code == 200
+
+
+def test_health_tells_what_is_served_and_how(http: httpx.Client, model: str) -> None:
+    body = http.get("/health").json()
+    assert body["status"] == "ok"
+    assert body["version"] == __version__
+    assert body["checks"] == {"catalog": True, "worker": True}
+    assert body["failures"] == []
+    assert body["versions"]["ready"] >= 1
+    (served,) = [each for each in body["models"] if each["model"] == model]
+    assert (served["version"], served["default"]) == (1, True)
+    deploy = served["forms"]["deploy"]
+    assert deploy["precision"] == "float32"
+    assert deploy["weight_bytes"] > 0
+    assert deploy["batch_sizes"][-1] == 32
+
+
+def test_metrics_count_requests_and_predictions(http: httpx.Client, model: str) -> None:
+    def counts() -> tuple[float, float, float, float]:
+        found = samples(http)
+        requests = found.get("foldserve_http_requests_total", {})
+        route = ("route", "/v1/models/{name}/predict")
+        key = (("method", "POST"), route)
+        of_model = [
+            value
+            for labels, value in found["foldserve_predictions_total"].items()
+            if {("model", model), ("form", "deploy"), ("outcome", "answered")} <= set(labels)
+        ]
+        rows = [
+            value
+            for labels, value in found["foldserve_rows_total"].items()
+            if {("model", model), ("form", "deploy")} <= set(labels)
+        ]
+        return (
+            requests.get((*key, ("status", "200")), 0),
+            requests.get((*key, ("status", "422")), 0),
+            sum(of_model),
+            sum(rows),
+        )
+
+    before = counts()
+    url = f"/v1/models/{model}/predict"
+    headers = {"Content-Type": tiny.NPY}
+    for _ in range(3):
+        http.post(url, content=tiny.npy(tiny.rows(2)), headers=headers)
+    http.post(url, content=b"x", headers=headers)
+    after = counts()
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1, 3, 6]
+
+
+def test_invented_paths_and_methods_make_no_series(http: httpx.Client) -> None:
+    for number in range(3):
+        http.get(f"/invented/{number}")
+        http.request("BREW", f"/v1/models/coffee-{number}")
+    labels = samples(http)["foldserve_http_requests_total"]
+    routes = {dict(label)["route"] for label in labels}
+    assert "unmatched" in routes
+    assert not any("invented" in route or "coffee" in route for route in routes)
+    assert "BREW" not in {dict(label)["method"] for label in labels}
