@@ -12,6 +12,7 @@ from service.networks.base import (
 from service.networks.config import ModelConfig, Preprocessing, Requested
 from service.networks.dbb import DiverseBranchBlock
 from service.networks.mobilenet import MobileNetV1
+from service.networks.parts import Part, find_parts
 from service.networks.recognition import Recognition, build, known_names, recognise
 from service.networks.repvgg import RepVGG, RepVGGBlock, RepVGGplus
 from service.networks.resnet import ResNet
@@ -21,6 +22,7 @@ __all__ = [
     "Geometry",
     "MobileNetV1",
     "ModelConfig",
+    "Part",
     "Preprocessing",
     "Recognition",
     "RepVGG",
@@ -33,6 +35,7 @@ __all__ = [
     "build",
     "deploy_names",
     "deploy_skeleton",
+    "find_parts",
     "known_names",
     "recognise",
 ]

@@ -47,11 +47,13 @@ class Reparameterizable(nn.Module):
 
     Subclasses set `deploy_name` (the official name of that one layer inside the block; empty where
     the layer takes the block's own place), list in `kept` the children that entry and tail use,
-    and define `branches`. Input and output are (N, C, H, W) float tensors.
+    and define `branches`. `stored` are children that the official deploy form stores without using
+    them. Input and output are (N, C, H, W) float tensors.
     """
 
     deploy_name: ClassVar[str]
     kept: ClassVar[tuple[str, ...]] = ()
+    stored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -136,7 +138,7 @@ def _fold_children(module: nn.Module) -> None:
 
 def _drop_branches(block: Reparameterizable) -> None:
     own = {*block._modules, *block._parameters, *block._buffers}
-    for name in own - set(block.kept):
+    for name in own - {*block.kept, *block.stored}:
         delattr(block, name)
     block.folded = True
     parent: nn.Module = block

@@ -35,12 +35,14 @@ def activation(name: str | None) -> nn.Module:
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution without bias followed by batch norm, under the keys `conv` and `bn`."""
+    """A convolution without bias followed by batch norm, by default under `conv` and `bn`."""
 
-    def __init__(self, geometry: Geometry, eps: float = 1e-5) -> None:
+    def __init__(
+        self, geometry: Geometry, eps: float = 1e-5, names: tuple[str, str] = ("conv", "bn")
+    ) -> None:
         super().__init__()
-        self.add_module("conv", geometry.conv(bias=False))
-        self.add_module("bn", nn.BatchNorm2d(geometry.out_channels, eps=eps))
+        self.add_module(names[0], geometry.conv(bias=False))
+        self.add_module(names[1], nn.BatchNorm2d(geometry.out_channels, eps=eps))
 
 
 class ConvBN(Reparameterizable):

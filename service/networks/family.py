@@ -6,10 +6,12 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from service.networks.base import Reparameterizable
 from service.networks.keys import Keys
 
 Values = dict[str, Any]
@@ -36,7 +38,8 @@ class Family:
     fixed, and `in_channels` if they gave an input shape. `named` are the published configurations.
     `dropped` matches keys that training alone uses and that are left out. `size` is the input
     height and width that is assumed unless the config gives one; `shape` replaces both where the
-    input is no image (the empty shape for features alone).
+    input is no image (the empty shape for features alone). Where `whole` is given, every key must
+    match it: names as common as `conv1` tell nothing otherwise.
     """
 
     family: str
@@ -48,14 +51,23 @@ class Family:
     dropped: re.Pattern[str] | None = None
     size: int = 224
     shape: tuple[int, ...] | None = None
+    whole: re.Pattern[str] | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether this is a block class and no network."""
+        made = self.make.func if isinstance(self.make, partial) else self.make
+        return isinstance(made, type) and issubclass(made, Reparameterizable)
 
     def input_shape(self, channels: int) -> tuple[int, ...]:
         """The input shape without the batch axis that is assumed for `channels`."""
         return (channels, *((self.size, self.size) if self.shape is None else self.shape))
 
     def claims(self, keys: Keys) -> bool:
-        """Whether any key has the family's signature."""
-        return any(self.signature.search(key) for key in keys.shapes)
+        """Whether any key has the family's signature, and every key is one it may have."""
+        if self.whole is not None and not all(map(self.whole.search, keys.shapes)):
+            return False
+        return any(map(self.signature.search, keys.shapes))
 
     def parameters(self) -> list[str]:
         """The names of the constructor values."""

@@ -154,6 +154,13 @@ def build(recognition: Recognition, state: Mapping[str, Tensor]) -> nn.Module:
     return module.float().eval()
 
 
+def bare_blocks(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the bare block class whose signature `state` has, if any."""
+    keys = Keys({key: tuple(tensor.shape) for key, tensor in state.items()})
+    rows = (row for row in FAMILIES if row.bare and row.claims(keys))
+    return next((row.network for row in rows), None)
+
+
 def known_names() -> list[str]:
     """Every name that `config.architecture` may give."""
     return sorted({name for row in FAMILIES for name in (row.network, *row.named)})

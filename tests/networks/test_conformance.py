@@ -63,6 +63,15 @@ BLOCKS = {
     "blk_repvit_bn_linear": "BN_Linear",
     "blk_repvit_repvggdw": "RepVGGDW",
     "blk_timm_repvggdw_legacy": "RepVGGDW",
+    "blk_yolov9_repconvn": "RepConv",
+    "blk_ultralytics_repconv": "RepConv",
+    "blk_rtdetr": "RTDETR-RepVggBlock",
+    "blk_yolov10_repvggdw": "YOLOv10-RepVGGDW",
+    "blk_yolov7_repconv": "YOLOv7-RepConv",
+    "blk_yolov7_implicit": "YOLOv7-ImplicitHead",
+    "blk_sg_qarepvgg": "SG-QARepVGGBlock",
+    "blk_sg_repvgg": "SG-RepVGGBlock",
+    "blk_yolov6_linearadd": "YOLOv6-LinearAddBlock",
 }
 
 
