@@ -477,6 +477,35 @@ def _convolution(translation: _Translation, given: dict[str, Argument]) -> _Rewr
     return op, {name: args[name] for name in names}
 
 
+def _as_strided(translation: _Translation, given: dict[str, Argument]) -> _Rewritten:
+    """Core ATen ends a pooling to 1x1 with it; there it changes neither values nor shape."""
+    tensor = given.get("self")
+
+    def resolved(key: str, probe: Mapping[str, Any]) -> list[Any]:
+        asked = given.get(key)
+        listed = asked if isinstance(asked, tuple) else ()
+        return [probe.get(item.name) if isinstance(item, Ref) else item for item in listed]
+
+    for probe in translation.probes:
+        value = probe.get(tensor.name) if isinstance(tensor, Ref) else None
+        steps = resolved("stride", probe)
+        if (
+            not isinstance(value, Tensor)
+            or resolved("size", probe) != list(value.shape)
+            or given.get("storage_offset") not in (None, 0)
+            or len(steps) != value.dim()
+            or any(
+                step != own and size > 1
+                for step, own, size in zip(steps, value.stride(), value.shape, strict=True)
+            )
+        ):
+            raise UnsupportedOperator(
+                "aten.as_strided is read only where it changes nothing.",
+                operator="aten.as_strided",
+            )
+    return "aten.alias", {"self": given["self"]}
+
+
 def _max_pool(_: _Translation, given: dict[str, Argument]) -> _Rewritten:
     return "aten.max_pool2d", full_arguments("aten.max_pool2d", given)
 
@@ -487,6 +516,7 @@ _REWRITTEN = {
     "aten.view": _view,
     "aten._unsafe_view": _view,
     "aten.convolution": _convolution,
+    "aten.as_strided": _as_strided,
     "aten.max_pool2d_with_indices": _max_pool,
 }
 

@@ -167,7 +167,7 @@ class Pt2Archive:
         start, length = self._places[entry]
         if length > most:
             raise LimitExceeded(
-                f"The archive's {entry} has {length} bytes; at most {most} are read.",
+                f"The archive's {entry} has {length} bytes; json_bytes is {most}.",
                 limit="json_bytes",
                 value=most,
             )

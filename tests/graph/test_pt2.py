@@ -27,6 +27,9 @@ from service.networks import ModelConfig
 from . import archives
 from .archives import Form, exported, read, saved
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"
+)
 FORMS: tuple[Form, ...] = ("training", "functional", "core")
 
 
@@ -67,22 +70,32 @@ class Residual(nn.Module):
         return self.head(y) + torch.arange(5) + torch.zeros(n, 5) - torch.tensor(2.0)
 
 
-class Block(nn.Module):
-    """A channels-last weight, an attention, gates, GELU, several shapes of padding."""
+class Gated(nn.Module):
+    """A channels-last weight, a gate from pooled values, GELU, padding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, stride=2).to(memory_format=torch.channels_last)
-        self.bn = nn.BatchNorm2d(16, affine=True)
+        self.bn = nn.BatchNorm2d(16)
         self.gate = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.bn(self.conv(F.pad(x, (1, 1, 1, 1)))))
+        return y * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(y, 1)))
+
+
+class Attention(nn.Module):
+    """Tokens, a layer norm, an attention and a transposed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, stride=2)
         self.qkv = nn.Linear(16, 48)
         self.norm = nn.LayerNorm(16)
         self.proj = nn.Parameter(torch.randn(16, 16).t())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(self.bn(self.conv(F.pad(x, (1, 1, 1, 1)))))
-        y = y * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(y, 1)))
-        t = self.norm(y.flatten(2).transpose(1, 2))
+        t = self.norm(self.conv(x).flatten(2).transpose(1, 2))
         q, k, v = self.qkv(t).reshape(t.shape[0], t.shape[1], 3, 16).unbind(2)
         t = t + F.scaled_dot_product_attention(q, k, v) @ self.proj
         return t.permute(0, 2, 1).contiguous()
@@ -107,7 +120,8 @@ class Audio(nn.Module):
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "residual": (Residual, (IMAGE,)),
-    "block": (Block, (IMAGE,)),
+    "gated": (Gated, (IMAGE,)),
+    "attention": (Attention, (IMAGE,)),
     "audio": (Audio, (torch.randn(2, 2, 9), torch.randn(2, 2, 9))),
     "volume": (
         lambda: nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.ReLU6(inplace=True)),
@@ -147,7 +161,12 @@ def test_the_program_computes_what_the_module_does(
     tmp_path: Path, network: tuple[nn.Module, tuple[Tensor, ...]], form: Form
 ) -> None:
     module, example = network
-    program = read(saved(exported(module, *example, form=form), tmp_path / "net.pt2"))
+    path = saved(exported(module, *example, form=form), tmp_path / "net.pt2")
+    if form == "core" and isinstance(module, Attention):  # torch spells it with `any` there
+        with pytest.raises(UnsupportedOperator, match=r"aten\.any"):
+            read(path)
+        return
+    program = read(path)
     for batch in (1, 2, 7):
         inputs = tuple(tensor[:1].repeat(batch, *[1] * (tensor.dim() - 1)) for tensor in example)
         inputs = tuple(tensor + torch.randn_like(tensor) for tensor in inputs)
