@@ -23,6 +23,7 @@ import structlog
 from service import pipeline
 from service.checkpoint import ReadLimits
 from service.checkpoint.child import ChildLimits, run_sandboxed
+from service.checkpoint.launch import start_fork_server
 from service.errors import ConversionCrashed, FoldserveError, StoreError
 from service.networks import ModelConfig
 from service.store import BlobStore, Catalog, VersionRecord
@@ -73,6 +74,7 @@ class Worker:
         """Take up what an earlier process left behind, then begin."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True, exist_ok=True)
+        start_fork_server((__name__,))
         for version in self.catalog.recover_interrupted(self.limits.attempts):
             log.info(
                 "conversion_recovered",
@@ -139,12 +141,13 @@ class Worker:
             (str(source), version.config, str(scratch), self.limits.read),
             self.limits.child,
             scratch=scratch,
+            readable=(source,),
             on_progress=self._progress(version),
             cancel=self._stopping,
         )
         conversion = pipeline.Conversion(**result)
         self._tell(version, "store")
-        files = {kind: Path(path) for kind, path in conversion.files.items()}
+        files = {kind: _inside(scratch, path) for kind, path in conversion.files.items()}
         artifacts = {kind: self.blobs.put_file(path).sha256 for kind, path in files.items()}
         self._tell(version, "prepare")
         self.hooks.prepare(version, files)
@@ -196,6 +199,14 @@ class Worker:
             self.catalog.reject(version.model, version.version, error.to_dict(), worker=self.name)
         except StoreError:
             log.info("version_gone", model=version.model, version=version.version)
+
+
+def _inside(scratch: Path, path: str) -> Path:
+    """A file that the child names, which must be one that it could write."""
+    resolved = Path(path).resolve()
+    if not resolved.is_relative_to(scratch.resolve()):
+        raise ConversionCrashed("The conversion named a file outside its folder.")
+    return resolved
 
 
 def convert_in_child(
