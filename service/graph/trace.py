@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,11 @@ def trace(module: nn.Module, example: tuple[Tensor, ...]) -> Program:
 
 def from_exported(exported: ExportedProgram) -> Program:
     """Translate an exported program, functionalised, into a `Program`."""
-    return _Translation(exported.run_decompositions({})).program()
+    with warnings.catch_warnings():
+        # torch 2.13 warns of a deprecation inside itself whenever it copies an exported program.
+        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
+        functional = exported.run_decompositions({})
+    return _Translation(functional).program()
 
 
 def _two_rows(tensor: Tensor) -> Tensor:
