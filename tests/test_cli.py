@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from service import __version__
+from service.networks import deploy_skeleton
+from tests.api import tiny
+from tests.running import ROOT, RunningServer, running
+
+COMMANDS = ["serve", "convert", "inspect", "pack", "push", "models", "predict", "benchmark", "demo"]
+
+
+def foldserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    own = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
+    return subprocess.run(
+        [sys.executable, "-m", "service.cli", *arguments],
+        cwd=ROOT,
+        env=own | {"COLUMNS": "200"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "Tiny Net-train.pth"
+    path.write_bytes(tiny.checkpoint())
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny.CONFIG))
+    return path
+
+
+def test_help_of_everything() -> None:
+    whole = foldserve("--help")
+    assert whole.returncode == 0
+    for command in COMMANDS:
+        assert command in whole.stdout
+    assert foldserve("convert", "--help").returncode == 0
+    assert foldserve("--version").stdout.strip() == __version__
+    assert foldserve("brew").returncode == 2
+
+
+def test_convert_writes_the_deploy_form(checkpoint: Path, config: Path, tmp_path: Path) -> None:
+    output, report = tmp_path / "out.safetensors", tmp_path / "report.json"
+    done = foldserve(
+        *("convert", str(checkpoint), "-o", str(output)),
+        *("--config", str(config), "--report", str(report), "--arch", "RepVGG"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5 of 5 blocks fused" in done.stdout
+    network = deploy_skeleton(tiny.network())
+    network.load_state_dict(load_file(output))
+    rows = tiny.rows(2)
+    with torch.no_grad():
+        found = network.eval()(torch.from_numpy(rows)).numpy()
+    assert abs(found - tiny.expected(rows)).max() < 1e-4
+    assert len(json.loads(report.read_text())["blocks"]) == 5
+
+
+def test_convert_writes_pth_and_bundles_and_json(
+    checkpoint: Path, config: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.pth"
+    done = foldserve(
+        "convert", str(checkpoint), "-o", str(output), "--config", str(config), "--json"
+    )
+    assert json.loads(done.stdout)["fusion"]["fused"] == 5
+    assert "stage1.0.rbr_reparam.bias" in torch.load(output, weights_only=True)
+
+
+def test_a_refusal_names_code_detail_and_remedy(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.pth"
+    wrong.write_text("no weights")
+    done = foldserve("convert", str(wrong), "-o", str(tmp_path / "out.pth"))
+    assert done.returncode == 1
+    assert "not_a_checkpoint" in done.stderr
+    assert "safetensors" in done.stderr
+    assert not (tmp_path / "out.pth").exists()
+    assert foldserve("convert", str(tmp_path / "absent"), "-o", "x").returncode == 2
+
+
+def test_inspect_gives_its_evidence(checkpoint: Path, config: Path) -> None:
+    done = foldserve("inspect", str(checkpoint), "--config", str(config))
+    assert done.returncode == 0, done.stderr
+    assert "RepVGG" in done.stdout
+    assert "evidence" in done.stdout
+
+
+def test_pack_then_convert_a_network_nobody_knows(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())\n"
+    )
+    bundle = tmp_path / "mine.bundle"
+    packed = subprocess.run(
+        [
+            *(sys.executable, "-m", "service.cli", "pack", "mine:net"),
+            *("--example", "2x3x8x8", "-o", str(bundle)),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert packed.returncode == 0, packed.stderr
+    done = foldserve("convert", str(bundle), "-o", str(tmp_path / "out.bundle"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fusion"]["convolutions_after"] == 1
+
+
+def test_remote_commands(server: RunningServer, checkpoint: Path, config: Path) -> None:
+    url = ("--url", server.url)
+    pushed = foldserve("push", str(checkpoint), "--config", str(config), *url)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "tiny-net-train version 1" in pushed.stdout
+    assert f"{server.url}/v1/models/tiny-net-train/predict" in pushed.stdout
+    listed = json.loads(foldserve("models", "--json", FOLDSERVE_URL=server.url).stdout)
+    assert "tiny-net-train" in [model["name"] for model in listed]
+    assert "tiny-net-train" in foldserve("models", *url).stdout
+    missing = foldserve("benchmark", "nobody", *url)
+    assert missing.returncode == 1
+    assert "model_not_found" in missing.stderr
+
+
+def test_remote_commands_without_a_service() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = foldserve("models", "--url", f"http://127.0.0.1:{port}")
+    assert done.returncode == 1
+    assert "foldserve serve" in done.stderr
+
+
+def test_serve_says_ready_once_and_nothing_else_and_ends_with_zero(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as server:
+        lines = server.log()
+        assert [(line["event"], line["address"]) for line in lines] == [("ready", server.url)]
+        assert server.stop() == 0
+        assert [line["event"] for line in server.log()] == ["ready"]
+
+
+def test_a_restart_finds_everything(tmp_path: Path) -> None:
+    body, headers = tiny.npy(tiny.rows(1)), {"Content-Type": tiny.NPY, "Accept": tiny.NPY}
+    with running(tmp_path / "data") as server:
+        answer = httpx.post(
+            f"{server.url}/v1/models/kept/versions",
+            files={"checkpoint": ("tiny.pth", tiny.checkpoint())},
+            data={"config": json.dumps(tiny.CONFIG)},
+            headers={"Prefer": "wait=100"},
+            timeout=120,
+        )
+        assert answer.status_code == 201, answer.text
+        before = httpx.post(f"{server.url}/v1/models/kept/predict", content=body, headers=headers)
+        assert server.stop() == 0
+    with running(tmp_path / "data") as server:
+        after = httpx.post(f"{server.url}/v1/models/kept/predict", content=body, headers=headers)
+        assert after.content == before.content
+        train = httpx.post(
+            f"{server.url}/v1/models/kept/predict?form=train",
+            content=body,
+            headers=headers,
+            timeout=60,
+        )
+        assert abs(tiny.from_npy(train.content) - tiny.from_npy(after.content)).max() < 1e-4
+
+
+def test_a_kill_during_a_conversion_is_taken_up(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as server:
+        httpx.post(
+            f"{server.url}/v1/models/interrupted/versions",
+            files={"checkpoint": ("tiny.pth", tiny.checkpoint())},
+            data={"config": json.dumps(tiny.CONFIG)},
+        )
+        server.process.send_signal(signal.SIGKILL)
+        assert server.process.wait(10) == -signal.SIGKILL
+    with running(tmp_path / "data") as server:
+        deadline = time.monotonic() + 100
+        state = None
+        while state not in ("ready", "rejected") and time.monotonic() < deadline:
+            url = f"{server.url}/v1/models/interrupted/versions/1"
+            state = httpx.get(url).json()["state"]
+            time.sleep(0.1)
+        assert state == "ready"
+
+
+def test_sigterm_ends_streams_and_waits_and_lets_requests_finish(tmp_path: Path) -> None:
+    """A prediction whose body is still arriving when the signal comes is answered."""
+    with running(tmp_path / "data") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        answers: list[bytes] = []
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(
+                b"POST /v1/models/slow/versions HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n"
+                b"Content-Type: application/octet-stream\r\n\r\nhalf"
+            )
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+
+            def finish() -> None:
+                time.sleep(0.5)
+                connection.sendall(b"half")
+                answers.append(connection.recv(65536))
+
+            thread = threading.Thread(target=finish)
+            thread.start()
+            thread.join(30)
+        assert server.process.wait(30) == 0
+    assert answers[0].startswith(b"HTTP/1.1 202 ")
+
+
+@pytest.mark.parametrize(
+    ("environment", "word"),
+    [
+        ({"FOLDSERVE_PROT": "1"}, "nearest one is FOLDSERVE_PORT"),
+        ({"FOLDSERVE_QUEUE_ROWS": "-1"}, "FOLDSERVE_QUEUE_ROWS=-1"),
+    ],
+)
+def test_a_bad_setting_ends_the_start_with_words(environment: dict[str, str], word: str) -> None:
+    done = foldserve("serve", **environment)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_ends_the_start_with_words(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = foldserve("serve", "--port", port, "--data-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert "cannot listen" in done.stderr
+    assert "Traceback" not in done.stderr
