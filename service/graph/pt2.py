@@ -586,10 +586,10 @@ def _batch_symbol(constraints: Any) -> str:
 
 
 def _operator(target: str) -> str:
-    """The stored name of a target, or the target itself, which is then in no table."""
+    """The stored name of a target; the empty text, which is in no table, for any other spelling."""
     found = _TARGET.fullmatch(target)
     if found is None:
-        return _ARITHMETIC.get(target, target)
+        return _ARITHMETIC.get(target, "")
     return f"aten.{found[1]}" + ("" if found[2] == "default" else f".{found[2]}")
 
 
