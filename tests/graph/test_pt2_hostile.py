@@ -196,6 +196,20 @@ def test_what_torch_would_run_and_nobody_needs_is_never_opened(
     assert canary.exists(), "the control: torch.export.load falls for it"
 
 
+class Unused(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_names_that_torch_pastes_into_code_are_keys_here(path: Path, canary: Path) -> None:
+    honest = archives.entries_of(archives.saved(archives.exported(Unused(), IMAGE, IMAGE), path))
+    written(path, archives.renamed(honest, "y", f"y={_code(canary)}"))
+    assert torch.equal(run(read(path), IMAGE, IMAGE)[0], IMAGE + 1)
+    assert not canary.exists()
+    load_as_torch_does(path)
+    assert canary.exists(), "the control: torch.export.load falls for it"
+
+
 # Targets and names -------------------------------------------------------------------------------
 
 
