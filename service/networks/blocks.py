@@ -119,3 +119,55 @@ class SqueezeExcite(nn.Module):
         reduce, expand = (self.get_submodule(name) for name in self.names)
         gate = F.adaptive_avg_pool2d(x, 1)
         return x * torch.sigmoid(expand(F.relu(reduce(gate))))
+
+
+class ConvNormInPlace(Reparameterizable):
+    """A convolution and a batch norm, called `names`, whose deploy layer takes the pair's place."""
+
+    deploy_name = ""
+
+    def __init__(
+        self, geometry: Geometry, eps: float = 1e-5, names: tuple[str, str] = ("conv", "bn")
+    ) -> None:
+        super().__init__(geometry)
+        self.names = names
+        self.add_module(names[0], geometry.conv(bias=False))
+        self.add_module(names[1], nn.BatchNorm2d(geometry.out_channels, eps=eps))
+
+    def branches(self, x: Tensor) -> Tensor:
+        conv, norm = (self.get_submodule(name) for name in self.names)
+        out: Tensor = norm(conv(x))
+        return out
+
+
+class NormLinear(Reparameterizable):
+    """Batch norm `bn` before a linear layer called `linear`. (N, C) -> (N, classes)."""
+
+    deploy_name = ""
+
+    def __init__(
+        self, channels: int, num_classes: int, *, linear: str = "l", eps: float = 1e-5
+    ) -> None:
+        super().__init__(Geometry(channels, num_classes, 1))
+        self.linear_name = linear
+        self.bn = nn.BatchNorm1d(channels, eps=eps)
+        self.add_module(linear, nn.Linear(channels, num_classes))
+
+    def deploy_layer(self) -> nn.Module:
+        return nn.Linear(self.geometry.in_channels, self.geometry.out_channels)
+
+    def branches(self, x: Tensor) -> Tensor:
+        out: Tensor = self.get_submodule(self.linear_name)(self.bn(x))
+        return out
+
+
+class Residual(nn.Module):
+    """`x + m(x)`."""
+
+    def __init__(self, m: nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.m(x)
+        return out

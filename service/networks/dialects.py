@@ -226,7 +226,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Dialect("timm", _matches(r"^stages\.[0-9]+\.blocks\.[0-9]+\.channel_mixer\."), _timm_repvit),
     Dialect(
         "timm",
-        _matches(r"^stages\.[0-9]+\.blocks\.[0-9]+\.(token_mixer|mlp)\.", r"^final_conv\."),
+        _matches(r"^stages\.[0-9]+\.blocks\.[0-9]+\.mlp\.(conv|fc1)\.", r"^final_conv\."),
         _timm_fastvit,
     ),
     Dialect(

@@ -22,12 +22,14 @@ class Reading:
     """What keys and shapes said about one network.
 
     `values` are keyword arguments of the constructor, JSON-able; `evidence` says which keys and
-    shapes told them; `assumed` says what they could not tell and what was taken instead.
+    shapes told them; `assumed` says what they could not tell and what was taken instead. `size` is
+    the input height and width where the shapes tell that too.
     """
 
     values: Values
     evidence: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,11 @@ class Family:
         made = self.make.func if isinstance(self.make, partial) else self.make
         return isinstance(made, type) and issubclass(made, Reparameterizable)
 
-    def input_shape(self, channels: int) -> tuple[int, ...]:
-        """The input shape without the batch axis that is assumed for `channels`."""
-        return (channels, *((self.size, self.size) if self.shape is None else self.shape))
+    def input_shape(self, channels: int, size: int | None = None) -> tuple[int, ...]:
+        """The input shape without the batch axis for `channels`; assumed unless `size` is told."""
+        if self.shape is not None:
+            return (channels, *self.shape)
+        return (channels, size or self.size, size or self.size)
 
     def claims(self, keys: Keys) -> bool:
         """Whether any key has the family's signature, and every key is one it may have."""

@@ -109,13 +109,13 @@ def _recognise(shapes: Mapping[str, Shape], config: ModelConfig) -> Recognition:
         head = {k: v for k, v in values.items() if k in ("num_classes", "in_channels")}
         values = {**published, **head, **requested.values}
     values = family.complete(values)
-    _agree(family, config, values)
+    _agree(family, config, values, reading.size)
     dropped = tuple(key for key in shapes if family.dropped and family.dropped.search(key))
     network = _lay_out(family, values, requested=bool(requested.values))
     form = _compare(family, network, {k: s for k, s in shapes.items() if k not in set(dropped)})
-    shape = config.input_shape or family.input_shape(_channels(values))
+    shape = config.input_shape or family.input_shape(_channels(values), reading.size)
     told = tuple(s for s in reading.assumed if not _fixed(s, requested.values))
-    if config.input_shape is None:
+    if config.input_shape is None and reading.size is None:
         told = (*told, f"The input is taken to be {show(shape)}.")
     return Recognition(
         family=family.family,
@@ -210,7 +210,7 @@ def _channels(values: Values) -> int:
     return int(values.get("in_channels") or values.get("channels") or 3)
 
 
-def _agree(family: Family, config: ModelConfig, values: Values) -> None:
+def _agree(family: Family, config: ModelConfig, values: Values, size: int | None) -> None:
     """Raise InvalidConfig where input shape or labels contradict what the shapes told."""
     channels, classes = _channels(values), values.get("num_classes")
     rank = len(family.input_shape(channels))
@@ -222,6 +222,11 @@ def _agree(family: Family, config: ModelConfig, values: Values) -> None:
     if config.input_shape and config.input_shape[0] != channels:
         raise InvalidConfig(
             f"`input_shape` has {config.input_shape[0]} channels; the network takes {channels}.",
+            field="input_shape",
+        )
+    if size is not None and config.input_shape and set(config.input_shape[1:]) != {size}:
+        raise InvalidConfig(
+            f"`input_shape` is {show(config.input_shape)}; these weights take {size}x{size} only.",
             field="input_shape",
         )
     if config.labels and classes and len(config.labels) != classes:

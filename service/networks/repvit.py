@@ -10,25 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.networks.base import Geometry, Reparameterizable
-from service.networks.blocks import SqueezeExcite
+from service.networks.blocks import ConvNormInPlace, NormLinear, Residual, SqueezeExcite
 from service.networks.family import Family, Reading, Values
 from service.networks.keys import Keys
 from service.networks.repghost import divisible
 
 
-class ConvNormInPlace(Reparameterizable):
-    """A convolution `c` and a batch norm `bn` whose deploy layer takes the pair's own place."""
-
-    deploy_name = ""
-
-    def __init__(self, geometry: Geometry, eps: float = 1e-5) -> None:
-        super().__init__(geometry)
-        self.c = geometry.conv(bias=False)
-        self.bn = nn.BatchNorm2d(geometry.out_channels, eps=eps)
-
-    def branches(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn(self.c(x))
-        return out
+def pair(geometry: Geometry, eps: float = 1e-5) -> ConvNormInPlace:
+    """A convolution `c` and a batch norm `bn`, which fold into the pair's own place."""
+    return ConvNormInPlace(geometry, eps, ("c", "bn"))
 
 
 class RepVGGDW(Reparameterizable):
@@ -42,31 +32,13 @@ class RepVGGDW(Reparameterizable):
     def __init__(self, channels: int, *, legacy: bool = False, eps: float = 1e-5) -> None:
         super().__init__(Geometry(channels, channels, 3, 1, 1, groups=channels))
         point = Geometry(channels, channels, 1, groups=channels)
-        self.conv = ConvNormInPlace(self.geometry, eps)
-        self.conv1 = ConvNormInPlace(point, eps) if legacy else point.conv(bias=True)
+        self.conv = pair(self.geometry, eps)
+        self.conv1 = pair(point, eps) if legacy else point.conv(bias=True)
         self.bn = None if legacy else nn.BatchNorm2d(channels, eps=eps)
 
     def branches(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(x) + self.conv1(x) + x
         return out if self.bn is None else self.bn(out)
-
-
-class NormLinear(Reparameterizable):
-    """Batch norm `bn` before a linear layer `l`. (N, C) -> (N, classes)."""
-
-    deploy_name = ""
-
-    def __init__(self, channels: int, num_classes: int, *, eps: float = 1e-5) -> None:
-        super().__init__(Geometry(channels, num_classes, 1))
-        self.bn = nn.BatchNorm1d(channels, eps=eps)
-        self.l = nn.Linear(channels, num_classes)
-
-    def deploy_layer(self) -> nn.Module:
-        return nn.Linear(self.geometry.in_channels, self.geometry.out_channels)
-
-    def branches(self, x: Tensor) -> Tensor:
-        out: Tensor = self.l(self.bn(x))
-        return out
 
 
 class Classifier(Reparameterizable):
@@ -87,18 +59,6 @@ class Classifier(Reparameterizable):
         return out if self.classifier_dist is None else (out + self.classifier_dist(x)) / 2
 
 
-class Residual(nn.Module):
-    """`x + m(x)`."""
-
-    def __init__(self, m: nn.Module) -> None:
-        super().__init__()
-        self.m = m
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.m(x)
-        return out
-
-
 class RepViTBlock(nn.Module):
     """A token mixer, which may halve the resolution, and a channel mixer."""
 
@@ -109,15 +69,15 @@ class RepViTBlock(nn.Module):
             self.token_mixer = nn.Sequential(RepVGGDW(inner, legacy=legacy), se)
         else:
             self.token_mixer = nn.Sequential(
-                ConvNormInPlace(Geometry(inner, inner, 3, stride, 1, groups=inner)),
+                pair(Geometry(inner, inner, 3, stride, 1, groups=inner)),
                 se,
-                ConvNormInPlace(Geometry(inner, outer, 1)),
+                pair(Geometry(inner, outer, 1)),
             )
         self.channel_mixer = Residual(
             nn.Sequential(
-                ConvNormInPlace(Geometry(outer, 2 * outer, 1)),
+                pair(Geometry(outer, 2 * outer, 1)),
                 nn.GELU(),
-                ConvNormInPlace(Geometry(2 * outer, outer, 1)),
+                pair(Geometry(2 * outer, outer, 1)),
             )
         )
 
@@ -144,9 +104,9 @@ class RepViT(nn.Module):
         super().__init__()
         channels = blocks[0][0]
         stem = nn.Sequential(
-            ConvNormInPlace(Geometry(in_channels, channels // 2, 3, 2, 1)),
+            pair(Geometry(in_channels, channels // 2, 3, 2, 1)),
             nn.GELU(),
-            ConvNormInPlace(Geometry(channels // 2, channels, 3, 2, 1)),
+            pair(Geometry(channels // 2, channels, 3, 2, 1)),
         )
         self.features = nn.Sequential(stem)
         for outer, stride, gate in blocks:

@@ -39,6 +39,8 @@ NETWORKS = {
     "timm_repghostnet_050": "RepGhostNet-0.5x",
     "repvit_thu_m0_9": "RepViT-M0.9",
     "timm_repvit_m0_9": "RepViT-M0.9 (distilled)",
+    "timm_levit_128s": "LeViT-128S",
+    "timm_efficientvit_m0": "EfficientViT-M0",
 }
 # What the keys cannot tell and the uploader must say.
 SAID = {
