@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from service import partial
 from service.checkpoint import Checkpoint, ReadLimits, read_checkpoint
 from service.checkpoint.archive import Archive
 from service.checkpoint.weights import check_weights
-from service.errors import CertificateFailed, InvalidConfig, InvalidProgram
+from service.errors import CertificateFailed, InvalidConfig, InvalidProgram, UnknownArchitecture
 from service.fusion import (
-    BlockLayer,
     Certificate,
     Fusion,
-    block_tensors,
+    Totals,
     certify,
     fuse,
     quantisation_report,
@@ -35,13 +35,12 @@ from service.fusion import (
 from service.graph import Program, Pt2Limits, load_program, load_pt2, save_program, trace
 from service.networks import (
     ModelConfig,
+    Part,
     Recognition,
-    blocks_of,
     build,
-    deploy_skeleton,
+    find_parts,
     recognise,
 )
-from service.networks.base import join
 
 STAGES = ("read", "recognise", "build", "fuse", "certify", "write")
 """Stages of `convert` in order, as progress reports name them."""
@@ -67,6 +66,8 @@ class Network:
 @dataclass(frozen=True)
 class Conversion:
     """What a conversion publishes. `files` maps artifact kinds to files in the scratch folder.
+
+    Without a `deploy_program` the version can be downloaded, not served: see `service.partial`.
 
     `train_program` (absent when a deploy form was uploaded) and `deploy_program` are bundles,
     `deploy_checkpoint` is a safetensors file under the official deploy keys, `report` is JSON.
@@ -118,6 +119,49 @@ def convert(
     )
 
 
+def _convert_parts(
+    checkpoint: Checkpoint,
+    parts: tuple[Part, ...],
+    scratch: Path,
+    report: Callable[[str, int, int], None],
+) -> Conversion:
+    """Known blocks of an unknown network: a deploy checkpoint, but nothing that could be served."""
+    conversions = partial.convert_parts(
+        checkpoint.state, parts, lambda done, of: report("certify", done, of)
+    )
+    report("write", 0, 1)
+    architecture = {
+        "family": "blocks",
+        "name": partial.describe(checkpoint.state, conversions),
+        "num_classes": None,
+        "input_shape": None,
+        "hyperparameters": {},
+        "evidence": [f"`{c.part.path}` is a {c.part.recognition.name}." for c in conversions],
+        "assumed": sorted({s for c in conversions for s in c.part.recognition.assumed}),
+        "dropped": [],
+        "container": checkpoint.container,
+        "wrappers": list(checkpoint.wrappers),
+    }
+    worst = max(conversions, key=lambda c: c.certificate.error_end_to_end).certificate
+    error = max(c.certificate.error_float64 for c in conversions)
+    fusion = {**_numbers(partial.total(conversions), worst), "error_float64": error}
+    files = {"report": scratch / "report.json", "deploy_checkpoint": scratch / "deploy.safetensors"}
+    state = partial.merged_state(checkpoint.state, conversions)
+    save_file(state, files["deploy_checkpoint"], metadata={"format": "pt"})
+    document = {
+        "architecture": architecture,
+        "blocks": [
+            {"path": c.part.path, "certificate": c.certificate.to_dict(), **block}
+            for c in conversions
+            for block in c.fusion.report.to_dict()["blocks"]
+        ],
+    }
+    files["report"].write_text(json.dumps(document, indent=1))
+    return Conversion(
+        "train", architecture, fusion, {kind: str(path) for kind, path in files.items()}
+    )
+
+
 def understand(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -151,15 +195,8 @@ def understand(
 
 def exported(archive: Archive, limits: ReadLimits) -> Program:
     """The program of a torch.export archive, its weights checked as a checkpoint's are."""
-    program = load_pt2(
-        archive.path,
-        archive.places,
-        Pt2Limits(
-            json_bytes=limits.header_bytes,
-            tensors=limits.tensors,
-            tensor_expansion=limits.tensor_expansion,
-        ),
-    )
+    own = Pt2Limits(**{item.name: getattr(limits, item.name) for item in fields(Pt2Limits)})
+    program = load_pt2(archive.path, archive.places, own)
     check_weights(program.weights)
     return program
 
@@ -228,42 +265,19 @@ def deploy_state(
     """
     if network.module is None:
         return {name: tensor.contiguous() for name, tensor in fusion.program.weights.items()}
-    if network.form == "deploy":
-        return _public(network, network.module.state_dict())
-    fused = block_tensors(fusion.analysis, block_layers(network.module))
-    with torch.device("meta"):
-        keys = deploy_skeleton(network.module).state_dict().keys()
-    own = network.module.state_dict()
-    return _public(
-        network, {key: (fused[key] if key in fused else own[key]).contiguous() for key in keys}
-    )
-
-
-def block_layers(module: nn.Module) -> dict[str, BlockLayer]:
-    """What the engine has to know about a network's blocks to make their deploy layers."""
-    absorbed = {
-        path: tuple(join(path, name) for name in getattr(part, "absorbed", ()))
-        for path, part in module.named_modules()
-    }
-    return {
-        path: BlockLayer(
-            deploy=join(path, block.deploy_name),
-            kept=tuple(join(path, child) for child in block.kept),
-            absorbed=absorbed[path.rpartition(".")[0]],
-        )
-        for path, block in blocks_of(module)
-    }
-
-
-def _public(network: Network, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state under the names of the project that the upload came from."""
     named = network.recognition.public_key if network.recognition is not None else str
-    return {named(key): tensor.clone() for key, tensor in state.items()}
+    if network.form == "deploy":
+        own = network.module.state_dict()
+        return {named(key): tensor.contiguous().clone() for key, tensor in own.items()}
+    return partial.deploy_tensors(network.module, fusion, named)
 
 
 def summary(fusion: Fusion, certificate: Certificate) -> dict[str, Any]:
     """The numbers that a version's resource shows; MACs are of one sample, bytes of weights."""
-    totals = fusion.report.totals
+    return _numbers(fusion.report.totals, certificate)
+
+
+def _numbers(totals: Totals, certificate: Certificate) -> dict[str, Any]:
     return {
         "blocks": totals.blocks,
         "fused": totals.fused,

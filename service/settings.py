@@ -101,7 +101,7 @@ class Settings(BaseSettings):
         1.05, "ratio", "Most bytes that a zip's entries may claim, relative to the file.", ge=1
     )
     reader_header_bytes: int = _setting(
-        32 * MIB, "bytes", "Largest JSON header of a safetensors file.", ge=8
+        32 * MIB, "bytes", "Largest JSON header of a safetensors or torch.export file.", ge=8
     )
     reader_pickle_bytes: int = _setting(
         32 * MIB, "bytes", "Largest pickle of a torch file, its tensors not counted.", ge=8
@@ -114,6 +114,18 @@ class Settings(BaseSettings):
         2.0, "ratio", "Most tensor bytes that a file may claim, relative to its own size.", ge=1
     )
     reader_key_characters: int = _setting(512, "characters", "Longest key of a state dict.", ge=1)
+    reader_graph_values: int = _setting(
+        1_000_000, "values", "Most values of one JSON document of a torch.export archive.", ge=1
+    )
+    reader_graph_nodes: int = _setting(
+        20_000, "calls", "Most operator calls of a torch.export archive.", ge=1
+    )
+    reader_graph_constant_bytes: int = _setting(
+        64 * MIB, "bytes", "Largest sum of the constants that such a graph makes.", ge=1
+    )
+    reader_graph_value_bytes: int = _setting(
+        8192 * MIB, "bytes", "Largest value inside such a graph, for three samples.", ge=1
+    )
 
     # Conversion, in its child process
     conversion_seconds: float = _setting(

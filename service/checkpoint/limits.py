@@ -19,7 +19,8 @@ class ReadLimits:
         archive_entries: entries of a zip archive, count.
         archive_expansion: sum of the entries' lengths over the file's length, ratio. torch.save
             stores without compression, so an honest file stays just below 1.
-        header_bytes: JSON header of a safetensors file, bytes.
+        header_bytes: JSON header of a safetensors file, or one JSON document of a torch.export
+            archive, bytes.
         pickle_bytes: the pickle of a torch file without its tensors, bytes.
         pickle_operations: instructions of that pickle, count. They are walked in Python at about
             half a million a second; a tensor takes about 40.
@@ -27,6 +28,11 @@ class ReadLimits:
         tensor_expansion: sum of the tensors' elements in bytes over the file's length, ratio.
             Above 1 only where tensors share storage, as tied weights do.
         key_characters: length of one key, characters.
+        graph_values: brackets, braces and commas of one JSON document of a torch.export archive,
+            count. Parsed, each may take some 150 bytes.
+        graph_nodes: operator calls of its graph, count; each takes about 0.2 ms to check.
+        graph_constant_bytes: tensors that the graph makes from nothing, all together, bytes.
+        graph_value_bytes: one intermediate value of the graph for three samples, bytes.
     """
 
     file_bytes: int = 8 << 30
@@ -38,6 +44,10 @@ class ReadLimits:
     tensors: int = 50_000
     tensor_expansion: float = 2.0
     key_characters: int = 512
+    graph_values: int = 1_000_000
+    graph_nodes: int = 20_000
+    graph_constant_bytes: int = 64 << 20
+    graph_value_bytes: int = 8 << 30
 
 
 def exceeded(limits: ReadLimits, name: str, found: str) -> LimitExceeded:

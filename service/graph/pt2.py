@@ -117,7 +117,7 @@ class _Translation:
         if not self.build.inputs:
             raise InvalidProgram("The exported module takes no tensor.")
         nodes = items(self.graph.get("nodes"), "The graph's nodes")
-        self.limits.check("nodes", len(nodes), "Operator calls of the graph")
+        self.limits.check("graph_nodes", len(nodes), "Operator calls of the graph")
         for node in nodes:
             self._node(fields(node, "A node"))
         outputs = items(self.signature.get("output_specs"), "The signature's outputs")
@@ -375,12 +375,12 @@ class _Translation:
         for value in results[0] if isinstance(results[0], (list, tuple)) else results[:1]:
             if isinstance(value, Tensor):
                 size = value.numel() * value.element_size()
-                self.limits.check("value_bytes", size, f"Bytes of a value of {op}")
+                self.limits.check("graph_value_bytes", size, f"Bytes of a value of {op}")
         return results
 
     def _constant(self, op: str, args: Mapping[str, Argument], shape: Tensor) -> str:
         self.constant_bytes += shape.numel() * shape.element_size()
-        self.limits.check("constant_bytes", self.constant_bytes, "Bytes of made constants")
+        self.limits.check("graph_constant_bytes", self.constant_bytes, "Bytes of made constants")
         given = {key: DTYPES[v.name] if isinstance(v, DType) else v for key, v in args.items()}
         keyword = {a.name for a in ATEN[op]._schema.arguments if a.kwarg_only}
         tensor = OPERATORS[op](

@@ -61,23 +61,23 @@ class Pt2Limits:
     """What an archive may hold at most; a breach raises LimitExceeded naming the field.
 
     Attributes:
-        json_bytes: one JSON document, bytes.
-        json_values: brackets, braces and commas of one JSON document, count. Parsed, each may
+        header_bytes: one JSON document, bytes.
+        graph_values: brackets, braces and commas of one JSON document, count. Parsed, each may
             take some 150 bytes.
         tensors: tensors in the archive, count.
         tensor_expansion: sum of the tensors' elements in bytes over the file's length, ratio.
-        nodes: operator calls of the graph, count.
-        constant_bytes: tensors that the graph makes from nothing, all together, bytes.
-        value_bytes: one intermediate value for three samples, bytes.
+        graph_nodes: operator calls of the graph, count.
+        graph_constant_bytes: tensors that the graph makes from nothing, all together, bytes.
+        graph_value_bytes: one intermediate value for three samples, bytes.
     """
 
-    json_bytes: int = 32 << 20
-    json_values: int = 1_000_000
+    header_bytes: int = 32 << 20
+    graph_values: int = 1_000_000
     tensors: int = 50_000
     tensor_expansion: float = 2.0
-    nodes: int = 20_000
-    constant_bytes: int = 64 << 20
-    value_bytes: int = 8 << 30
+    graph_nodes: int = 20_000
+    graph_constant_bytes: int = 64 << 20
+    graph_value_bytes: int = 8 << 30
 
     def check(self, name: str, found: float, what: str) -> None:
         """Raise LimitExceeded when `found` is above the field `name`."""
@@ -167,8 +167,8 @@ class Pt2Archive:
         start, length = self._places[entry]
         if length > most:
             raise LimitExceeded(
-                f"The archive's {entry} has {length} bytes; json_bytes is {most}.",
-                limit="json_bytes",
+                f"The archive's {entry} has {length} bytes; header_bytes is {most}.",
+                limit="header_bytes",
                 value=most,
             )
         with open(self._path, "rb") as file:
@@ -185,9 +185,9 @@ class Pt2Archive:
         return data
 
     def _json(self, entry: str) -> dict[str, Any]:
-        data = self._read(entry, self._limits.json_bytes)
+        data = self._read(entry, self._limits.header_bytes)
         count = sum(map(data.count, (b"{", b"[", b",")))
-        self._limits.check("json_values", count, f"Values in {entry}")
+        self._limits.check("graph_values", count, f"Values in {entry}")
         try:
             document = json.loads(data, object_pairs_hook=_once, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:

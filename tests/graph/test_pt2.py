@@ -370,13 +370,13 @@ def test_limits_are_kept(tmp_path: Path) -> None:
     path = saved(exported(randomised(Residual()), IMAGE), tmp_path / "net.pt2")
     read(path, Pt2Limits(tensor_expansion=1.0))
     for name, value in {
-        "json_bytes": 1000,
-        "json_values": 100,
+        "header_bytes": 1000,
+        "graph_values": 100,
         "tensors": 3,
         "tensor_expansion": 0.01,
-        "nodes": 5,
-        "constant_bytes": 16,
-        "value_bytes": 1000,
+        "graph_nodes": 5,
+        "graph_constant_bytes": 16,
+        "graph_value_bytes": 1000,
     }.items():
         with pytest.raises(LimitExceeded, match=name) as raised:
             read(path, Pt2Limits(**{name: value}))

@@ -520,11 +520,11 @@ SYMBOL = {"as_sym_int": {"as_name": "n"}}
         (_call("_operator.add", SYMBOL, a={"as_int": 1}), "'b'"),
         (
             _call("torch.ops.aten.zeros.default", SYMBOL, size={"as_ints": [1 << 39]}),
-            "value_bytes|constant_bytes",
+            "graph_value_bytes|graph_constant_bytes",
         ),
         (
             _call("torch.ops.aten.ones.default", SYMBOL, size={"as_ints": [1 << 26]}),
-            "constant_bytes",
+            "graph_constant_bytes",
         ),
         (
             _call(
@@ -534,7 +534,7 @@ SYMBOL = {"as_sym_int": {"as_name": "n"}}
                 end={"as_float": 1.0},
                 step={"as_float": 1e-12},
             ),
-            "value_bytes",
+            "graph_value_bytes",
         ),
         (
             _call(
@@ -543,7 +543,7 @@ SYMBOL = {"as_sym_int": {"as_name": "n"}}
                 self={"as_tensor": {"name": "x"}},
                 repeats={"as_ints": [1, 1 << 20, 1 << 10, 1]},
             ),
-            "value_bytes",
+            "graph_value_bytes",
         ),
         (
             _call(
@@ -579,7 +579,7 @@ def test_calls_cannot_ask_for_memory_or_more(
         (b'{"a": 1, "a": 2}', "stands twice"),
         (b'{"a": "' + b"\xff" + b'"}', "not valid JSON"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
-        (b"{},[" * 500_000, "json_values"),
+        (b"{},[" * 500_000, "graph_values"),
     ],
 )
 def test_documents_are_strict_json(path: Path, honest: Entries, data: bytes, says: str) -> None:
