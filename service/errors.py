@@ -36,6 +36,7 @@ FoldserveError
 │   ├── VersionNotReady
 │   ├── Conflict
 │   ├── FormNotAvailable
+│   ├── NotServable
 │   ├── UploadTooLarge
 │   ├── StorageFull
 │   └── BlobCorrupt
@@ -277,6 +278,14 @@ class Conflict(StoreError):
 class FormNotAvailable(StoreError):
     title = "The version has no such form"
     remedy = "A checkpoint uploaded in deploy form has no training form."
+
+
+class NotServable(StoreError):
+    title = "The version can be downloaded, but not served"
+    remedy = (
+        "Its blocks were converted, but the checkpoint does not say how they are wired. Upload a "
+        "bundle of the whole network, made by `foldserve pack`."
+    )
 
 
 class UploadTooLarge(StoreError):

@@ -24,7 +24,13 @@ from numpy.typing import NDArray
 from service.bench import BenchPlan, Comparison, Subject, compare_in_steps
 from service.checkpoint import ReadLimits
 from service.checkpoint.child import ChildLimits
-from service.errors import FoldserveError, InvalidConfig, NotLoaded, VersionNotReady
+from service.errors import (
+    FoldserveError,
+    InvalidConfig,
+    NotLoaded,
+    NotServable,
+    VersionNotReady,
+)
 from service.graph import Program, load_program
 from service.networks import ModelConfig
 from service.serving import (
@@ -241,6 +247,8 @@ class Host:
             raise VersionNotReady(
                 f"Version {version} of {model!r} is {record.state.value}.", state=record.state.value
             )
+        if not record.servable:
+            raise NotServable(f"Version {version} of {model!r} has no program to run.")
         try:
             await self._load_into_set(record, {})
         except FoldserveError as error:
@@ -295,7 +303,9 @@ class Host:
     # ---- the worker's hooks -------------------------------------------------------------
 
     def prepare(self, version: VersionRecord, programs: Mapping[str, Path]) -> None:
-        """Load and warm a converted version beside whatever serves now."""
+        """Load and warm a converted version beside whatever serves now, if it can be served."""
+        if _ARTIFACTS["deploy"] not in programs:
+            return
         self._on_loop(self._load_into_set(version, programs))
 
     def published(self, version: VersionRecord) -> None:

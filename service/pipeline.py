@@ -99,7 +99,13 @@ def convert(
     report("read")
     checkpoint = read_checkpoint(source, limits, config.weights)
     report("recognise")
-    network = understand(checkpoint, config, lambda: report("build"), limits)
+    try:
+        network = understand(checkpoint, config, lambda: report("build"), limits)
+    except UnknownArchitecture:
+        parts = find_parts(checkpoint.state, config)
+        if not parts:
+            raise
+        return _convert_parts(checkpoint, parts, scratch, report)
     report("fuse")
     fusion = fuse(network.program)
     total = len(fusion.regions)
@@ -130,7 +136,7 @@ def _convert_parts(
         checkpoint.state, parts, lambda done, of: report("certify", done, of)
     )
     report("write", 0, 1)
-    architecture = {
+    architecture: dict[str, Any] = {
         "family": "blocks",
         "name": partial.describe(checkpoint.state, conversions),
         "num_classes": None,

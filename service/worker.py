@@ -159,12 +159,14 @@ class Worker:
                 architecture=conversion.architecture,
                 fusion=conversion.fusion,
                 artifacts=artifacts,
+                servable="deploy_program" in artifacts,
                 worker=self.name,
             )
         except FoldserveError:
             self.hooks.abandoned(version)
             raise
-        self.hooks.published(published)
+        if published.servable:
+            self.hooks.published(published)
 
     def _tell(self, version: VersionRecord, stage: str) -> None:
         progress = {"stage": stage, "done": 0, "total": 1}

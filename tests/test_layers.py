@@ -27,7 +27,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "store": _LEAVES,
     "serving": _LEAVES | {"graph"},
     "bench": _LEAVES | {"graph"},
-    "pipeline": _LEAVES | {"checkpoint", "networks", "graph", "fusion", "store", "serving"},
+    "pipeline": _LEAVES
+    | {"checkpoint", "networks", "graph", "fusion", "store", "serving"}
+    | {"partial"},
+    "partial": _LEAVES | {"networks", "graph", "fusion"},
     "worker": _LEAVES
     | {"pipeline", "checkpoint", "networks", "graph", "fusion", "store"}
     | {"serving", "bench"},

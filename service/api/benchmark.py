@@ -44,7 +44,12 @@ class BenchmarkRequest(BaseModel):
     summary="Measure training form against deploy form",
     response_model=BenchmarkAnswer,
     responses=refusals(
-        *_MISSING, errors.FormNotAvailable, errors.BadInput, errors.BackendFailed, errors.NotLoaded
+        *_MISSING,
+        errors.FormNotAvailable,
+        errors.NotServable,
+        errors.BadInput,
+        errors.BackendFailed,
+        errors.NotLoaded,
     ),
 )
 async def measure(

@@ -100,7 +100,7 @@ async def get_version(name: ModelName, version: VersionNumber, service: Here) ->
     "/v1/models/{name}/default",
     summary="Choose the version that serves",
     response_model=ModelAnswer,
-    responses=refusals(*_MISSING, errors.Conflict),
+    responses=refusals(*_MISSING, errors.Conflict, errors.NotServable),
 )
 async def set_default(name: ModelName, choice: DefaultRequest, service: Here) -> dict[str, Any]:
     """Roll forward or back to a ready version, which is pinned: later versions leave it.

@@ -71,6 +71,7 @@ async def predict(request: Request) -> Response:
         errors.VersionNotFound,
         errors.VersionNotReady,
         errors.FormNotAvailable,
+        errors.NotServable,
         errors.NameInvalid,
         errors.BadInput,
         errors.UnsupportedMediaType,

@@ -39,6 +39,7 @@ STATUS: dict[type[FoldserveError], HTTPStatus] = {
     errors.VersionNotReady: HTTPStatus.CONFLICT,
     errors.Conflict: HTTPStatus.CONFLICT,
     errors.FormNotAvailable: HTTPStatus.NOT_FOUND,
+    errors.NotServable: HTTPStatus.CONFLICT,
     errors.UploadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.StorageFull: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.ServingError: HTTPStatus.INTERNAL_SERVER_ERROR,

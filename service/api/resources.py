@@ -77,7 +77,7 @@ def next_link(path: str, cursor: str | None, limit: int) -> str | None:
 
 
 def _preprocessing(record: VersionRecord) -> dict[str, Any] | None:
-    if record.architecture is None:
+    if record.architecture is None or not record.servable:
         return None
     try:
         how = images.recipe(record.architecture["input_shape"], record.config.get("preprocessing"))

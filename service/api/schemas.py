@@ -44,7 +44,9 @@ class ArchitectureAnswer(Answer):
     family: str = Field(examples=["RepVGG"])
     name: str = Field(examples=["RepVGG-A0"])
     num_classes: int | None = Field(examples=[1000])
-    input_shape: tuple[int, ...] = Field(examples=[(3, 224, 224)], description="Of one row.")
+    input_shape: tuple[int, ...] | None = Field(
+        examples=[(3, 224, 224)], description="Of one row; null where nothing can be served."
+    )
 
 
 class FusionAnswer(Answer):

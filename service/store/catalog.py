@@ -16,7 +16,14 @@ from sqlalchemy import delete, func, select, union, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from service.errors import BadInput, Conflict, ModelNotFound, StorageFull, StoreError
+from service.errors import (
+    BadInput,
+    Conflict,
+    ModelNotFound,
+    NotServable,
+    StorageFull,
+    StoreError,
+)
 from service.store import jobs
 from service.store.database import open_engine, writing
 from service.store.names import check_model_name, clean_filename
@@ -73,7 +80,8 @@ class Catalog:
     def set_default(self, model: str, version: int | None) -> ModelRecord:
         """Pin the default to a ready version, or with None unpin it: the newest ready serves.
 
-        Raises ModelNotFound, VersionNotFound, or Conflict when the version is not ready.
+        Raises ModelNotFound, VersionNotFound, Conflict when the version is not ready, or
+        NotServable.
         """
         with self._writes() as session:
             row = _model(session, model, lock=True)
@@ -83,6 +91,8 @@ class Catalog:
                 found = jobs.find_version(session, model, version)
                 if found.state != State.READY:
                     raise Conflict(f"Version {version} is {found.state}; only ready ones serve.")
+                if not found.servable:
+                    raise NotServable(f"Version {version} has no program to run.")
                 row.default_version = version
             row.default_pinned = version is not None
             return ModelRecord.of(row)
@@ -214,11 +224,13 @@ class Catalog:
         architecture: Json,
         fusion: Json,
         artifacts: Mapping[str, str],
+        servable: bool = True,
         worker: str | None = None,
     ) -> VersionRecord:
         """Make a converted version ready; `artifacts` maps kinds to the sha256 of their blobs.
 
-        It becomes the model's default too, unless the default is pinned or a newer version.
+        It becomes the model's default too, unless the default is pinned or a newer version, or it
+        is not `servable`: converted for download only.
         Raises VersionNotFound, or Conflict when it is not converting (by `worker`, if named).
         """
         with self._writes() as session:
@@ -233,6 +245,7 @@ class Catalog:
                 architecture=architecture,
                 fusion=fusion,
                 artifacts=artifacts,
+                servable=servable,
             )
             session.flush()
             return VersionRecord.of(row)

@@ -99,17 +99,20 @@ def publish(
     architecture: Json,
     fusion: Json,
     artifacts: Mapping[str, str],
+    servable: bool,
 ) -> None:
     """Make a converting version ready, and the default unless that is pinned or newer.
+
+    A version that cannot be served never becomes the default.
 
     The caller holds the locks of the model's row and of the version's, taken in that order.
     """
     row.checkpoint_form, row.architecture, row.fusion = form, architecture, fusion
-    row.error = None
+    row.error, row.servable = None, servable
     row.artifacts = [ArtifactRow(kind=kind, sha256=sha) for kind, sha in artifacts.items()]
     move(session, row, State.READY)
     model = row.model
-    if not model.default_pinned and (model.default_version or 0) < row.number:
+    if servable and not model.default_pinned and (model.default_version or 0) < row.number:
         model.default_version = row.number
 
 
@@ -145,11 +148,12 @@ def recover(session: Session, max_attempts: int, stale_seconds: float) -> list[V
 
 
 def newest_ready(session: Session, model: ModelRow, *, without: int) -> int | None:
-    """The highest ready version number of a model other than `without`."""
+    """The highest servable version number of a model other than `without`."""
     return session.scalar(
         select(func.max(VersionRow.number)).where(
             VersionRow.model_id == model.id,
             VersionRow.state == State.READY,
+            VersionRow.servable,
             VersionRow.number != without,
         )
     )

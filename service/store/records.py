@@ -70,6 +70,7 @@ class VersionRecord:
     worker: str | None
     created_at: datetime
     updated_at: datetime
+    servable: bool = True
 
     @classmethod
     def of(cls, row: VersionRow) -> Self:
@@ -93,6 +94,7 @@ class VersionRecord:
             worker=row.worker,
             created_at=row.created_at,
             updated_at=row.updated_at,
+            servable=row.servable,
         )
 
 

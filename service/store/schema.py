@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     DateTime,
     Dialect,
     ForeignKey,
@@ -91,6 +92,7 @@ class VersionRow(Base):
     model_id: Mapped[int] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
     number: Mapped[int] = mapped_column(Integer)
     state: Mapped[str] = mapped_column(String(16))
+    servable: Mapped[bool] = mapped_column(Boolean, default=True)
     checkpoint_sha256: Mapped[str] = mapped_column(String(64))
     checkpoint_bytes: Mapped[int] = mapped_column(BigInteger)
     checkpoint_filename: Mapped[str | None] = mapped_column(String(255))

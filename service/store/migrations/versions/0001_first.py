@@ -34,6 +34,7 @@ def upgrade() -> None:
         sa.Column("model_id", _id, nullable=False),
         sa.Column("number", sa.Integer, nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("servable", sa.Boolean, nullable=False),
         sa.Column("checkpoint_sha256", sa.String(64), nullable=False),
         sa.Column("checkpoint_bytes", sa.BigInteger, nullable=False),
         sa.Column("checkpoint_filename", sa.String(255)),
