@@ -162,9 +162,7 @@ class Writer:
         kernel = self.draw.each(self.rank, 1, 2)
         self.fits(x, kernel, (0,) * self.rank)
         stride = self.draw.each(self.rank, 1, 2)
-        return self.build.call(
-            f"max_pool{self.rank}d", self=x, kernel_size=kernel, stride=stride
-        )
+        return self.build.call(f"max_pool{self.rank}d", self=x, kernel_size=kernel, stride=stride)
 
     def pad(self, x: Ref) -> Ref:
         draw = self.draw
@@ -314,9 +312,7 @@ class Writer:
         reach = tuple(0 if i == axis else r for i, r in enumerate(want.reach))
         return self.spatial(x, want, kernel, reach)
 
-    def spatial(
-        self, x: Ref, want: Branch, kernel: tuple[int, ...], reach: tuple[int, ...]
-    ) -> Ref:
+    def spatial(self, x: Ref, want: Branch, kernel: tuple[int, ...], reach: tuple[int, ...]) -> Ref:
         y = self.build.conv(
             x,
             want.out,
@@ -334,9 +330,7 @@ class Writer:
         y = self.bordered(y, want.reach)
         none = (0,) * self.rank
         pool = f"avg_pool{self.rank}d"
-        y = self.build.call(
-            pool, self=y, kernel_size=want.kernel, stride=want.stride, padding=none
-        )
+        y = self.build.call(pool, self=y, kernel_size=want.kernel, stride=want.stride, padding=none)
         return self.build.norm(y)
 
     def sequence(self, x: Ref, want: Branch) -> Ref:
@@ -405,8 +399,8 @@ class Writer:
         name = self.draw.one(choices)
         try:
             self.values.append(getattr(self, name)(self.operand()))
-        except Skip:
-            return
+        except (Skip, RuntimeError):
+            return  # the operator itself refuses, as average pooling does for some small maps
 
     def head(self) -> None:
         """What follows a backbone: pooled or flattened values through a linear layer."""
@@ -434,7 +428,7 @@ class Writer:
         if self.draw.chance(20):
             self.head()
             outputs.insert(0, self.values[-1])
-        return self.build.program(*outputs)
+        return self.build.program(*outputs).pruned()
 
 
 class Tokens:
@@ -506,7 +500,7 @@ class Tokens:
         outputs = [self.values[-1]]
         if self.draw.chance(20):
             outputs.append(self.draw.one(self.values))
-        return self.build.program(*outputs)
+        return self.build.program(*outputs).pruned()
 
 
 @st.composite

@@ -33,9 +33,7 @@ class Builder:
         """An input of `sizes` behind a batch axis."""
         spec = TensorSpec(f"input_{len(self.inputs)}", (None, *sizes), dtype)
         self.inputs.append(spec)
-        first, second = (
-            torch.zeros(spec.sized(n), dtype=DTYPES[dtype]) for n in _PROBES
-        )
+        first, second = (torch.zeros(spec.sized(n), dtype=DTYPES[dtype]) for n in _PROBES)
         self._seen[spec.name] = (first, second)
         self._shapes[spec.name] = spec.shape
         return Ref(spec.name)
