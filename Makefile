@@ -37,6 +37,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install -q --no-build-isolation -c $(LOCK) -e '.[demo,test]'
 	@touch $@
 
+# The tests and the services that they start share the cores: threads that wait must not spin.
+test soak: export OMP_WAIT_POLICY ?= PASSIVE
+
 test: install-test
 	$(PY) -m pytest $(ARGS)
 

@@ -113,4 +113,5 @@ def _environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith("FOLDSERVE_") or name in _KEPT_VARIABLES
     }
-    return own | {"FOLDSERVE_LOG_FORMAT": "json"}
+    # The service shares the cores with whatever else runs here: threads that wait must not spin.
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | own | {"FOLDSERVE_LOG_FORMAT": "json"}
