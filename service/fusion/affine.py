@@ -126,6 +126,30 @@ class Geometry:
         """Multiply-accumulates of one sample."""
         return math.prod(self.weight_shape) * math.prod(self.out_size)
 
+    @property
+    def pads(self) -> tuple[tuple[int, int], ...]:
+        """Zeros before and after the root along each axis; negative: a crop."""
+        return tuple(
+            (before, (out - 1) * stride + extent - before - size)
+            for before, out, stride, extent, size in zip(
+                self.offset, self.out_size, self.stride, self.extent, self.in_size, strict=True
+            )
+        )
+
+    @property
+    def padding(self) -> tuple[int, ...] | None:
+        """The padding of a convolution that does this by itself; None where none does.
+
+        A convolution pads both sides alike, and ignores what its stride does not reach.
+        """
+        reached = (
+            before >= 0 and (size + 2 * before - extent) // stride + 1 == out
+            for before, size, extent, stride, out in zip(
+                self.offset, self.in_size, self.extent, self.stride, self.out_size, strict=True
+            )
+        )
+        return self.offset if all(reached) else None
+
     def reads_nothing_outside(self, before: Sequence[int], after: Sequence[int]) -> bool:
         """Whether K contributes zero at output positions -before … -1 and n … n + after - 1."""
         for axis, extent in enumerate(self.extent):

@@ -21,26 +21,42 @@ class Constants(Mapping[str, Tensor]):
     """Weights, and nodes that read nothing but constants, by name; floating ones in float64.
 
     Values are computed when first read and kept; weights are converted at every reading and not
-    kept. `computed` tells the nodes among the names.
+    kept. `computed` tells the nodes among the names, `expansions` those that rules may take for
+    constants of batch size 1 although they follow the batch: to other readers they are nodes.
     """
 
     def __init__(self, program: Program) -> None:
         self._weights = program.weights
         self._values: dict[str, Any] = {}
         self._pending: dict[str, Node] = {}
+        self._expansions: set[str] = set()
         for node in program.nodes:
-            if all(name in self for name in node.refs()) or self._is_batch_expansion(node):
+            reads = list(node.refs())
+            if self._is_batch_expansion(node):
+                self._expansions.add(node.name)
+                self._pending[node.name] = node
+            elif all(name in self and name not in self._expansions for name in reads):
                 self._pending[node.name] = node
 
     def _is_batch_expansion(self, node: Node) -> bool:
-        """`expand` of a constant along the batch, or a `copy` of one: still that constant."""
+        """`expand` of a constant along the batch, or a `copy` of one: for rules, that constant."""
         source = {"aten.expand": "self", "aten.copy": "src"}.get(node.op)
         value = node.args[source] if source else None
-        return isinstance(value, Ref) and value.name in self
+        if not isinstance(value, Ref) or value.name not in self:
+            return False
+        return value.name in self._expansions or any(name not in self for name in node.refs())
 
     @property
     def computed(self) -> frozenset[str]:
         return frozenset(self._pending)
+
+    @property
+    def expansions(self) -> frozenset[str]:
+        return frozenset(self._expansions)
+
+    def settled(self, name: str) -> bool:
+        """Whether the value is the same for every batch, so that it can be stored."""
+        return name in self and name not in self._expansions
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights or name in self._pending

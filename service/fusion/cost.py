@@ -83,6 +83,14 @@ def form_cost(geometry: Geometry, rows: int) -> float:
     return geometry.macs * rows + MACS_PER_ELEMENT * (source + result + weights)
 
 
+def pad_cost(geometry: Geometry) -> float:
+    """Cost of padding or cropping the root by an operator of its own."""
+    source = geometry.in_channels * math.prod(geometry.in_size)
+    size = (n + sum(pair) for n, pair in zip(geometry.in_size, geometry.pads, strict=True))
+    padded = geometry.in_channels * math.prod(size)
+    return padded + MACS_PER_ELEMENT * float(source + padded)
+
+
 def program_macs(program: Program) -> int:
     """Multiply-accumulates of one sample through convolutions and linear layers."""
     specs = program.specs()

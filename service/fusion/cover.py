@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from service.fusion.affine import Form, Geometry, Layout
 from service.fusion.analysis import Analysis
-from service.fusion.cost import elements, form_cost, node_cost
+from service.fusion.cost import elements, form_cost, node_cost, pad_cost
 
 BORDER_REASON = "the bias would differ between border and interior"
 
@@ -49,7 +49,11 @@ def cost_of(form: Form, analysis: Analysis) -> float:
     """Cost of computing the form by one operator from its root."""
     if form.trivial:
         return 0.0
-    return form_cost(emitted_geometry(form), rows_of(form, analysis))
+    geometry, rows = emitted_geometry(form), rows_of(form, analysis)
+    if geometry.padding is not None:
+        return form_cost(geometry, rows)
+    size = tuple(n + sum(pair) for n, pair in zip(geometry.in_size, geometry.pads, strict=True))
+    return pad_cost(geometry) + form_cost(replace(geometry, in_size=size), rows)
 
 
 def usable(form: Form) -> bool:
@@ -123,7 +127,7 @@ class _Covering:
         pending = set(self.analysis.program.outputs)
         for node in reversed(self.analysis.program.nodes):
             name = node.name
-            if name not in pending or name in self.analysis.constants:
+            if name not in pending or self.analysis.constants.settled(name):
                 continue
             form = self.choice.get(name)
             chosen[name] = form

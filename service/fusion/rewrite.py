@@ -85,7 +85,7 @@ class _Writer:
         """The new name of an old value; constants become weights when first read."""
         if name in self.names:
             return self.names[name]
-        if name in self.analysis.constants and name not in self.weights:
+        if self.analysis.constants.settled(name) and name not in self.weights:
             original = self.analysis.program.weights.get(name)
             tensor = self.analysis.constants[name] if original is None else original
             self.weights[name] = self._cast(tensor)
@@ -155,32 +155,22 @@ class _Writer:
 
     def _padding(self, node: Node, form: Form, root: str) -> tuple[str, tuple[int, ...]]:
         """Padding for the convolution where it is symmetric, else a padded or cropped root."""
-        g = form.geometry
-        axes = range(len(g.kernel))
-        before = g.offset
-        after = tuple(
-            (g.out_size[i] - 1) * g.stride[i] + g.extent[i] - g.offset[i] - g.in_size[i]
-            for i in axes
-        )
-        symmetric = all(
-            before[i] >= 0
-            and (g.in_size[i] + 2 * before[i] - g.extent[i]) // g.stride[i] + 1 == g.out_size[i]
-            for i in axes
-        )
-        if symmetric:
-            return root, before
-        pads = tuple(n for i in reversed(axes) for n in (before[i], after[i]))
-        size = tuple(g.in_size[i] + before[i] + after[i] for i in axes)
+        geometry = form.geometry
+        if geometry.padding is not None:
+            return root, geometry.padding
+        pairs = geometry.pads
+        pads = tuple(n for pair in reversed(pairs) for n in pair)
+        size = (n + sum(pair) for n, pair in zip(geometry.in_size, pairs, strict=True))
         padded = Node(
             f"{node.name}_padded",
             "aten.constant_pad_nd",
             {"self": Ref(root), "pad": pads, "value": 0.0},
-            (None, g.in_channels, *size),
+            (None, geometry.in_channels, *size),
             node.dtype,
             self.labels[node.name],
         )
         self.nodes.append(padded)
-        return padded.name, (0,) * len(g.kernel)
+        return padded.name, (0,) * len(pairs)
 
     def _emit_scale(
         self,
