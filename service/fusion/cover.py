@@ -50,6 +50,12 @@ def cost_of(form: Form, analysis: Analysis) -> float:
     if form.trivial:
         return 0.0
     geometry, rows = emitted_geometry(form), rows_of(form, analysis)
+    if (
+        form.layout is Layout.LAST
+        and geometry.depthwise
+        and len(analysis.specs[form.root].shape) > 2
+    ):
+        return 2 * form_cost(geometry, rows)  # a product and a sum: no batch norm does it there
     if geometry.padding is not None:
         return form_cost(geometry, rows)
     size = tuple(n + sum(pair) for n, pair in zip(geometry.in_size, geometry.pads, strict=True))

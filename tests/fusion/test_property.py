@@ -153,17 +153,10 @@ def test_fused_equals_unfused(survey: Survey) -> None:
     assert survey.failures.get("differs") is None, survey.failures["differs"][1]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a constant expanded along the batch loses its batch where its reader is kept",
-)
 def test_a_fused_program_runs(survey: Survey) -> None:
     assert survey.failures.get("does not run") is None, survey.failures["does not run"][1]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the cost of a fused form leaves out the node of its asymmetric padding"
-)
 def test_fusing_never_raises_the_cost(survey: Survey) -> None:
     assert survey.failures.get("costs more") is None, survey.failures["costs more"][1]
 
