@@ -82,9 +82,9 @@ def benchmark(answer: Json) -> Table:
         f"Latency of {answer['model']}, {answer['device']}, {answer['precision']}, "
         f"{answer['seconds']:.0f} s measured",
         "batch",
-        "training form",
-        "deploy form",
-        "times as fast",
+        "train",
+        "deploy",
+        "speed-up",
         "95 % interval",
         "saved",
         "control",
