@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from service.networks.base import Geometry, Reparameterizable
@@ -14,22 +15,29 @@ from service.networks.family import Family, Reading, Values
 from service.networks.keys import Keys, ratio
 
 
+class ChannelLinear(nn.Linear):
+    """A linear layer over the channels of (N, C, T), with the keys and shapes of nn.Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight.unsqueeze(2), self.bias)
+
+
 class LinearNorm(Reparameterizable):
-    """A linear map over tokens and its batch norm. (N, T, C) -> (N, T, D)."""
+    """A linear map over the channels of tokens and its batch norm. (N, C, T) -> (N, D, T)."""
 
     deploy_name = ""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__(Geometry(channels, out_channels, 1))
-        self.linear = nn.Linear(channels, out_channels, bias=False)
+        self.linear = ChannelLinear(channels, out_channels, bias=False)
         self.bn = nn.BatchNorm1d(out_channels)
 
     def deploy_layer(self) -> nn.Module:
-        return nn.Linear(self.geometry.in_channels, self.geometry.out_channels)
+        return ChannelLinear(self.geometry.in_channels, self.geometry.out_channels)
 
     def branches(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn(self.linear(x.flatten(0, 1)))
-        return out.reshape(-1, x.shape[1], self.geometry.out_channels)
+        out: Tensor = self.bn(self.linear(x))
+        return out
 
 
 def offsets(size: int, stride: int = 1) -> Tensor:
@@ -82,11 +90,11 @@ class Attention(PositionBias):
         self.add_biases(heads, size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        parts = self.qkv(x).reshape(batch, tokens, self.heads, -1).permute(0, 2, 1, 3)
-        query, key, value = parts.split(self.sizes, 3)
-        weights = query @ key.transpose(2, 3) * self.sizes[0] ** -0.5 + self.biases()
-        mixed = (torch.softmax(weights, -1) @ value).transpose(1, 2).reshape(batch, tokens, -1)
+        tokens = x.shape[2]
+        parts = self.qkv(x).reshape(-1, self.heads, sum(self.sizes), tokens)
+        query, key, value = parts.split(self.sizes, 2)
+        weights = query.transpose(2, 3) @ key * self.sizes[0] ** -0.5 + self.biases()
+        mixed = (value @ torch.softmax(weights, -1).transpose(2, 3)).flatten(1, 2)
         out: Tensor = self.proj(mixed)
         return out
 
@@ -113,13 +121,13 @@ class AttentionDownsample(PositionBias):
         self.add_biases(heads, size, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, channels = x.shape
-        parts = self.kv(x).reshape(batch, tokens, self.heads, -1).permute(0, 2, 1, 3)
-        key, value = parts.split(self.sizes, 3)
-        grid = x.reshape(batch, self.size, self.size, channels)[:, ::2, ::2].flatten(1, 2)
-        query = self.q(grid).reshape(batch, -1, self.heads, self.sizes[0]).permute(0, 2, 1, 3)
-        weights = query @ key.transpose(2, 3) * self.sizes[0] ** -0.5 + self.biases()
-        mixed = (torch.softmax(weights, -1) @ value).transpose(1, 2).flatten(2)
+        channels, tokens = x.shape[1:]
+        parts = self.kv(x).reshape(-1, self.heads, sum(self.sizes), tokens)
+        key, value = parts.split(self.sizes, 2)
+        grid = x.reshape(-1, channels, self.size, self.size)[:, :, ::2, ::2].flatten(2)
+        query = self.q(grid).reshape(-1, self.heads, self.sizes[0], grid.shape[2])
+        weights = query.transpose(2, 3) @ key * self.sizes[0] ** -0.5 + self.biases()
+        mixed = (value @ torch.softmax(weights, -1).transpose(2, 3)).flatten(1, 2)
         out: Tensor = self.proj(mixed)
         return out
 
@@ -235,7 +243,7 @@ class LeViT(nn.Module):
         self.head_dist = NormLinear(channels, num_classes, linear="linear") if distilled else None
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.stages(self.stem(x).flatten(2).transpose(1, 2)).mean(1)
+        tokens = self.stages(self.stem(x).flatten(2)).mean(2)
         logits: Tensor = self.head(tokens)
         return logits if self.head_dist is None else (logits + self.head_dist(tokens)) / 2
 
