@@ -204,8 +204,7 @@ def test_a_kill_during_a_conversion_is_taken_up(tmp_path: Path) -> None:
         assert state == "ready"
 
 
-def test_sigterm_ends_streams_and_waits_and_lets_requests_finish(tmp_path: Path) -> None:
-    """A prediction whose body is still arriving when the signal comes is answered."""
+def test_sigterm_lets_an_upload_under_way_finish(tmp_path: Path) -> None:
     with running(tmp_path / "data") as server:
         host, port = server.url.removeprefix("http://").split(":")
         answers: list[bytes] = []
@@ -227,6 +226,36 @@ def test_sigterm_ends_streams_and_waits_and_lets_requests_finish(tmp_path: Path)
             thread.join(30)
         assert server.process.wait(30) == 0
     assert answers[0].startswith(b"HTTP/1.1 202 ")
+
+
+def test_sigterm_ends_streams_and_waits(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as server, httpx.Client(base_url=server.url) as http:
+        statuses: list[int] = []
+
+        def upload() -> None:
+            answer = http.post(
+                "/v1/models/waiting/versions",
+                files={"checkpoint": ("tiny.pth", tiny.checkpoint())},
+                headers={"Prefer": "wait=100"},
+                timeout=100,
+            )
+            statuses.append(answer.status_code)
+
+        thread = threading.Thread(target=upload)
+        thread.start()
+        url = "/v1/models/waiting/versions/1/events"
+        while http.get("/v1/models/waiting/versions/1").status_code == 404:
+            time.sleep(0.01)
+        with http.stream("GET", url, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            signalled = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert list(lines), "the stream ends by itself"
+        thread.join(60)
+        assert statuses[0] in (201, 202)
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - signalled < 15
 
 
 @pytest.mark.parametrize(

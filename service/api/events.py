@@ -78,7 +78,7 @@ async def _stream(service: Service, name: str, version: int, after: int) -> Asyn
             yield _encode(event)
         if fresh:
             spoken = time.monotonic()
-        elif record.state.final:
+        elif record.state.final or service.draining:
             return
         elif time.monotonic() - spoken >= settings.events_heartbeat_seconds:
             yield b": still there\n\n"

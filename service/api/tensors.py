@@ -49,7 +49,7 @@ def from_npy(body: bytearray | bytes, item_shape: Sequence[int]) -> Floats:
         )
     flat = np.frombuffer(body, dtype=dtype, offset=offset)
     array = flat.reshape(shape, order="F" if fortran else "C")
-    return _batch(np.ascontiguousarray(array, dtype=np.float32), item_shape)
+    return _batch(array, item_shape)
 
 
 def from_json(body: bytearray | bytes, item_shape: Sequence[int]) -> Floats:
@@ -71,7 +71,7 @@ def from_json(body: bytearray | bytes, item_shape: Sequence[int]) -> Floats:
     if array.dtype.kind not in "fiu":
         raise BadInput("`inputs` holds something that is not a number.", remedy=remedy)
     _check_shape(array.shape, item_shape)
-    return _batch(np.ascontiguousarray(array, dtype=np.float32), item_shape)
+    return _batch(array, item_shape)
 
 
 def to_npy(array: NDArray[Any]) -> bytes:
@@ -127,5 +127,11 @@ def _check_shape(shape: Sequence[int], item_shape: Sequence[int]) -> None:
         )
 
 
-def _batch(array: Floats, item_shape: Sequence[int]) -> Floats:
-    return array.reshape(-1, *item_shape)
+def _batch(array: NDArray[Any], item_shape: Sequence[int]) -> Floats:
+    """The array in float32 with its batch axis; one that is so already is not copied."""
+    try:
+        with np.errstate(over="raise"):
+            rows = np.ascontiguousarray(array, dtype=np.float32)
+    except FloatingPointError:
+        raise BadInput("The input holds a number beyond the range of float32.") from None
+    return rows.reshape(-1, *item_shape)

@@ -237,6 +237,8 @@ async def _final(service: Service, record: VersionRecord, seconds: float) -> Ver
     deadline = time.monotonic() + seconds
     pause = 0.02
     while not record.state.final and (left := deadline - time.monotonic()) > 0:
+        if service.draining:  # the version stays queued, and a later start takes it up
+            break
         await asyncio.sleep(min(pause, left))
         pause = min(pause * 1.3, 0.25)
         record = await in_thread(service.catalog.get_version, record.model, record.version)

@@ -93,6 +93,14 @@ def test_huge_numbers_do_not_fail() -> None:
         tensors.from_json(b'{"inputs": [[' + b"9" * 400 + b", 2, 3], [4, 5, 6]]}", ITEM)
 
 
+def test_numbers_beyond_float32_are_refused() -> None:
+    with pytest.raises(BadInput, match="range"):
+        tensors.from_json(b'{"inputs": [[1e39, 2, 3], [4, 5, 6]]}', ITEM)
+    with pytest.raises(BadInput, match="range"):
+        tensors.from_npy(tiny.npy(np.full((1, *ITEM), 1e39)), ITEM)
+    assert np.isinf(tensors.from_npy(tiny.npy(np.full((1, *ITEM), np.inf)), ITEM)).all()
+
+
 def test_several_outputs_are_flattened_per_row() -> None:
     first = np.arange(12, dtype=np.float64).reshape(2, 2, 3)
     second = np.array([[7.0], [8.0]])
