@@ -1,284 +1,537 @@
-"""Seeded wrong engines: fused by each of them, a network where it matters must fail to certify."""
+"""The mutation test: an engine with any one of these faults never gets its certificate.
+
+Each mutant replaces one function of the engine by a wrong one whose results still fit together, so
+that nothing but the numbers can tell. The unchanged engine passes on every network used here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from service.fusion import affine, certify, fuse, kernels, rewrite, rules
-from service.fusion.affine import Form, Geometry, Weight
+from service.fusion import Certificate, affine, certify, constants, cover, fuse, kernels, rewrite
+from service.fusion import rules as rules_module
+from service.fusion.affine import Form, Weight
 from service.fusion.field import Field
-from service.graph import Program
-from tests.fusion.networks import NETWORKS
+from service.fusion.rules import JOIN, UNARY, Call
+from service.graph import run
+from service.graph.program import Argument
+from tests.fusion.networks import NETWORKS, narrow
 
-Patch = Callable[[pytest.MonkeyPatch], None]
+Patch = pytest.MonkeyPatch
+_results: list[tuple[str, str, Certificate]] = []
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One wrong engine and the network that shows it."""
-
     name: str
     network: str
-    patch: Patch
+    apply: Callable[[Patch], None]
 
 
-def passes(program: Program) -> bool:
-    return certify(fuse(program)).passed
+MUTANTS: list[Mutant] = []
 
 
-def _kernels(name: str, wrong: Callable[..., Tensor]) -> Patch:
-    """`kernels.<name>` gives `wrong(right, *args)`, where `right` is what it should give."""
-    original = getattr(kernels, name)
-    return lambda patch: patch.setattr(kernels, name, lambda *args: wrong(original(*args), *args))
+def mutant(name: str, *networks: str) -> Callable[[Callable[[Patch], None]], None]:
+    def add(apply: Callable[[Patch], None]) -> None:
+        MUTANTS.extend(Mutant(name, network, apply) for network in networks)
+
+    return add
 
 
-def _form(module: Any, name: str, wrong: Callable[..., Form]) -> Patch:
-    """`module.<name>` gives `wrong(right, *args)`."""
-    original = getattr(module, name)
-    return lambda patch: patch.setattr(
-        module, name, lambda *args, **kwargs: wrong(original(*args, **kwargs), *args)
+def emitted(name: str, network: str, change: Callable[[Tensor], Tensor]) -> None:
+    """A mutant that changes every kernel just before it is written."""
+
+    def apply(patch: Patch) -> None:
+        honest = kernels.regrouped
+        patch.setattr(rewrite, "regrouped", lambda *args: change(honest(*args)).contiguous())
+
+    MUTANTS.append(Mutant(name, network, apply))
+
+
+def _without_last(kernel: Tensor) -> Tensor:
+    kernel = kernel.clone()
+    kernel.flatten()[-1] = 0.0
+    return kernel
+
+
+emitted("kernel transposed", "repvgg", lambda k: k.transpose(-1, -2))
+emitted("kernel flipped", "acnet", lambda k: k.flip(-1))
+emitted("kernel flipped both ways", "dbb", lambda k: k.flip(-1, -2))
+emitted("kernel shifted by a tap", "dilated", lambda k: k.roll(1, -1))
+emitted("input and output channels swapped", "repvgg", lambda k: k.transpose(0, 1))
+emitted("output channels off by one", "chain", lambda k: k.roll(1, 0))
+emitted("last tap lost", "dbb 5x5", _without_last)
+emitted("kernel negated", "narrow", lambda k: -k)
+emitted("linear weight transposed", "tokens", lambda k: k.transpose(0, 1))
+emitted("kernel in float16", "repvgg", lambda k: k.half().double())
+emitted("kernel a hair too large", "acnet", lambda k: k * (1 + 1e-10))
+
+
+# Branches ----------------------------------------------------------------------------------------
+
+
+def _joins(change: Callable[..., Form]) -> Callable[[Patch], None]:
+    def apply(patch: Patch) -> None:
+        honest = affine.add
+        patch.setattr(affine, "add", lambda a, b, sign=1.0: change(honest, a, b, sign))
+
+    return apply
+
+
+def _silent(form: Form) -> Form:
+    """The same form with kernel and bias of zero."""
+    zero = torch.zeros(form.geometry.out_channels, dtype=torch.float64)
+    return affine.scale_shift(replace(form, bias=form.bias.scaled(zero, zero)), zero, zero)
+
+
+mutant("second branch dropped", "repvgg", "acnet")(
+    _joins(lambda add, a, b, sign: add(a, _silent(b), sign))
+)
+mutant("first branch dropped", "repvgg strided")(
+    _joins(lambda add, a, b, sign: add(_silent(a), b, sign))
+)
+mutant("branch subtracted", "dbb")(_joins(lambda add, a, b, sign: add(a, b, -sign)))
+mutant("branch counted twice", "acnet")(_joins(lambda add, a, b, sign: add(a, b, 2 * sign)))
+mutant("branch biases forgotten", "repvgg")(
+    _joins(lambda add, a, b, sign: replace(add(a, b, sign), bias=a.bias))
+)
+
+
+@mutant("small kernel at the corner", "repvgg", "repvgg strided")
+def _(patch: Patch) -> None:
+    honest = kernels.embedded
+    patch.setattr(
+        kernels, "embedded", lambda kernel, before, size: honest(kernel, [0] * len(before), size)
     )
 
 
-def _emitted(wrong: Callable[[Tensor], Tensor]) -> Patch:
-    """Every kernel is changed just before it is written into the program."""
-    original = Form.weight
+@mutant("small kernel off by one", "acnet", "dbb 5x5")
+def _(patch: Patch) -> None:
+    honest = kernels.embedded
 
-    def outermost(form: Form, memo: Any = None) -> Tensor:
-        kernel = original(form, memo)
-        return wrong(kernel) if memo is None else kernel
+    def wrong(kernel: Tensor, before: list[int], size: tuple[int, ...]) -> Tensor:
+        room = [n - k for n, k in zip(size, kernel.shape[2:], strict=True)]
+        moved = [(b + 1) % (r + 1) for b, r in zip(before, room, strict=True)]
+        return honest(kernel, moved, size)
 
-    return lambda patch: patch.setattr(Form, "weight", outermost)
-
-
-def _bias(wrong: Callable[[Tensor], Tensor]) -> Patch:
-    """Every bias vector is changed just before it is written into the program."""
-    original = rewrite._Writer._cast
-
-    def changed(writer: Any, tensor: Tensor) -> Tensor:
-        return original(writer, wrong(tensor) if tensor.dim() == 1 else tensor)
-
-    return lambda patch: patch.setattr(rewrite._Writer, "_cast", changed)
+    patch.setattr(kernels, "embedded", wrong)
 
 
-def _convolve(**changes: Callable[[Any], Any]) -> Patch:
-    """`affine.convolve` is called with changed arguments."""
-    original = affine.convolve
-    names = ("form", "weight", "bias", "stride", "padding", "dilation", "groups")
+@mutant("horizontal and vertical swapped", "acnet")
+def _(patch: Patch) -> None:
+    honest = kernels.embedded
 
-    def changed(*args: Any) -> Form:
-        named = dict(zip(names, args, strict=False))
-        for name, change in changes.items():
-            named[name] = change(named[name])
-        return original(*named.values(), *args[len(names) :])
+    def wrong(kernel: Tensor, before: list[int], size: tuple[int, ...]) -> Tensor:
+        if kernel.shape[2] == kernel.shape[3]:
+            return honest(kernel, before, size)
+        return honest(kernel.transpose(2, 3), before[::-1], size)
 
-    return lambda patch: patch.setattr(affine, "convolve", changed)
+    patch.setattr(kernels, "embedded", wrong)
 
 
-def _constants(**keys: Callable[[Any], Any]) -> Patch:
-    """Rules read changed values of operator arguments."""
-    original = rules.Call.value
+@mutant("dilation ignored", "dilated")
+def _(patch: Patch) -> None:
+    honest = kernels.dilated
 
-    def changed(call: rules.Call, key: str) -> Any:
-        value = original(call, key)
-        return keys[key](value) if key in keys and value is not None else value
+    def wrong(kernel: Tensor, dilation: Any) -> Tensor:
+        dense = honest(kernel, dilation)
+        pads = [
+            n
+            for k, m in zip(kernel.shape[:1:-1], dense.shape[:1:-1], strict=True)
+            for n in (0, m - k)
+        ]
+        return F.pad(kernel, pads)
 
-    return lambda patch: patch.setattr(rules.Call, "value", changed)
-
-
-def _transposed(kernel: Tensor) -> Tensor:
-    square = kernel.dim() > 3 and kernel.shape[-1] == kernel.shape[-2]
-    return kernel.transpose(-1, -2) if square else kernel
-
-
-def _flipped(kernel: Tensor) -> Tensor:
-    return kernel.flip(tuple(range(2, kernel.dim()))) if kernel.dim() > 2 else kernel
+    patch.setattr(kernels, "dilated", wrong)
 
 
-def _diagonal(right: Tensor, kernel: Tensor, groups: int, target: int) -> Tensor:
-    """A grouped identity with its ones at [i, i] as if there were no groups."""
-    if groups == target or kernel.shape[1] != 1 or groups != kernel.shape[0]:
-        return right
-    wrong = torch.zeros_like(right)
-    for channel in range(right.shape[0]):
-        wrong[channel, min(channel, right.shape[1] - 1)] = kernel[channel, 0]
-    return wrong
+# Groups and identities ---------------------------------------------------------------------------
 
 
-def _shifted(right: Tensor, kernel: Tensor, before: Sequence[int], size: Sequence[int]) -> Tensor:
-    small = kernel.dim() > 2 and tuple(kernel.shape[2:]) != tuple(size)
-    return right.roll(1, dims=-1) if small else right
+def _wide(place: Callable[[int, int], int]) -> Callable[[Patch], None]:
+    def apply(patch: Patch) -> None:
+        def wrong(kernel: Tensor, groups: int, target: int) -> Tensor:
+            if groups == target:
+                return kernel
+            merged = groups // target
+            blocks = kernel.reshape(target, merged, kernel.shape[0] // groups, *kernel.shape[1:])
+            wide = blocks.new_zeros(*blocks.shape[:3], merged, *blocks.shape[3:])
+            for index in range(merged):
+                wide[:, index, :, place(index, merged)] = blocks[:, index]
+            return wide.reshape(kernel.shape[0], merged * kernel.shape[1], *kernel.shape[2:])
+
+        patch.setattr(kernels, "regrouped", wrong)
+        patch.setattr(rewrite, "regrouped", wrong)
+
+    return apply
 
 
-def _corner(right: Tensor, kernel: Tensor, before: Sequence[int], size: Sequence[int]) -> Tensor:
-    wrong = torch.zeros_like(right)
-    wrong[tuple(slice(0, n) for n in kernel.shape)] = kernel
-    return wrong
+mutant("identity reversed", "repvgg", "repvgg grouped")(_wide(lambda i, n: n - 1 - i))
+mutant("identity off by one", "repvgg", "repvgg grouped")(_wide(lambda i, n: (i + 1) % n))
+mutant("identity on the first channel", "repvgg grouped")(_wide(lambda i, n: 0))
 
 
-def _first_of(right: Form, a: Form, b: Form, sign: float = 1.0) -> Form:
-    return replace(right, kernel=replace(a, trivial=False).kernel) if _alike(right, a) else right
+@mutant("groups interleaved", "dbb")
+def _(patch: Patch) -> None:
+    honest = kernels.composed
+
+    def wrong(outer: Tensor, inner: Tensor, stride: Any, groups: int) -> Tensor:
+        if groups > 1:
+            inner = inner.unflatten(0, (groups, -1)).transpose(0, 1).flatten(0, 1)
+        return honest(outer, inner, stride, groups)
+
+    patch.setattr(kernels, "composed", wrong)
 
 
-def _alike(right: Form, a: Form) -> bool:
-    return right.geometry == a.geometry
+# Batch norm, scale and shift ---------------------------------------------------------------------
 
 
-def _without_shift(right: Form, form: Form, scale: Tensor, shift: Tensor, *_: Any) -> Form:
-    return replace(right, bias=form.bias.scaled(scale, torch.zeros_like(shift)))
+def _norms(**wrong: Argument) -> Callable[[Patch], None]:
+    def apply(patch: Patch) -> None:
+        honest = UNARY["aten.batch_norm"]
+
+        def rule(call: Call, form: Form) -> Form:
+            args = {**call.node.args, **wrong}
+            return honest(replace(call, node=replace(call.node, args=args)), form)
+
+        patch.setitem(UNARY, "aten.batch_norm", rule)
+
+    return apply
 
 
-def _unscaled_bias(right: Form, form: Form, scale: Tensor, shift: Tensor, *_: Any) -> Form:
-    return replace(right, bias=form.bias.scaled(torch.ones_like(scale), shift))
+mutant("eps of another network", "repvgg", "acnet")(_norms(eps=1e-5))
+mutant("variance without eps", "dbb")(_norms(eps=0.0))
+mutant("gamma ignored", "repvgg", "cropped")(_norms(weight=None))
+mutant("beta ignored", "acnet")(_norms(bias=None))
 
 
-def _unscaled_kernel(right: Form, form: Form, *_: Any) -> Form:
-    return replace(right, kernel=form.kernel)
-
-
-def _scaled_inputs(right: Form, form: Form, scale: Tensor, *_: Any) -> Form:
-    """Scales input channels instead of output channels."""
-
-    def kernel(memo: Any) -> Tensor:
-        weight = form.weight(memo)
-        factor = scale[: weight.shape[1]].reshape(1, -1, *[1] * (weight.dim() - 2))
-        return weight * factor
-
-    return replace(right, kernel=kernel) if right.geometry.groups == 1 else right
-
-
-def _forgotten_bias(right: Form, form: Form, weight: Weight, bias: Any, *_: Any) -> Form:
-    """The bias that flows through the convolution is lost; its own stays."""
-    own = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias
-    return replace(right, bias=Field.constant(own, right.geometry.out_size))
-
-
-def _off_by_one(padding: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [(b + 1, a - 1) if b and a else (b, a) for b, a in padding]
-
-
-MUTANTS = [
-    Mutant("transposed kernel", "repvgg", _emitted(_transposed)),
-    Mutant("flipped kernel", "repvgg", _emitted(_flipped)),
-    Mutant("rows of the kernel rotated", "acnet", _emitted(lambda k: k.roll(1, dims=-1))),
-    Mutant("output channels reversed", "repvgg", _emitted(lambda k: k.flip(0))),
-    Mutant("input channels rotated", "acnet", _emitted(lambda k: k.roll(1, dims=1))),
-    Mutant("kernel through half precision", "repvgg", _emitted(lambda k: k.half().double())),
-    Mutant("kernel through single precision", "repvgg", _emitted(lambda k: k.float().double())),
-    Mutant("a tap lost", "acnet", _emitted(lambda k: k.index_fill(-1, torch.tensor([0]), 0.0))),
-    Mutant("kernel scaled by a part in a thousand", "dbb", _emitted(lambda k: k * 1.001)),
-    Mutant("bias negated", "repvgg", _bias(torch.neg)),
-    Mutant("bias lost", "repvgg", _bias(torch.zeros_like)),
-    Mutant("bias of the wrong channel", "repvgg", _bias(lambda b: b.roll(1))),
-    Mutant("branch dropped", "repvgg", _form(affine, "add", _first_of)),
-    Mutant(
-        "branch added twice",
-        "repvgg",
-        _form(affine, "add", lambda right, a, b, sign=1.0: replace(
-            right, bias=right.bias.added(b.bias)
-        )),
-    ),
-    Mutant(
-        "subtraction added",
-        "sliced",
-        _form(affine, "add", lambda right, a, b, sign=1.0: replace(
-            right, bias=a.bias.added(b.bias, abs(sign))
-        )),
-    ),
-    Mutant("1x1 in the corner", "repvgg", _kernels("embedded", _corner)),
-    Mutant("1x1 off by one", "repvgg", _kernels("embedded", _shifted)),
-    Mutant("grouped identity on the diagonal", "repvgg grouped", _kernels("regrouped", _diagonal)),
-    Mutant("groups in the wrong order", "repvgg grouped", _kernels(
-        "regrouped", lambda right, kernel, groups, target: right if groups == target
-        else right.roll(1, dims=1)
-    )),
-    Mutant("composed kernel flipped", "spatial chain", _kernels(
-        "composed", lambda right, *args: _flipped(right)
-    )),
-    Mutant("composition through the transpose", "chain", _kernels(
-        "composed", lambda right, *args: right.roll(1, dims=0)
-    )),
-    Mutant("dilation at the wrong taps", "dilated", _kernels(
-        "dilated", lambda right, kernel, dilation: right.roll(1, dims=-1)
-        if any(d > 1 for d in dilation) else right
-    )),
-    Mutant("average divided wrongly", "dbb", lambda patch: patch.setattr(
-        rules, "average_kernel",
-        lambda channels, size, divisor: kernels.average_kernel(channels, size, divisor + 1),
-    )),
-    Mutant("eps of 1e-5 for 1e-3", "repvgg", _constants(eps=lambda eps: 1e-5)),
-    Mutant("no eps", "repvgg", _constants(eps=lambda eps: 0.0)),
-    Mutant("variance for deviation", "repvgg", _constants(running_var=torch.square)),
-    Mutant("mean ignored", "repvgg", _constants(running_mean=torch.zeros_like)),
-    Mutant("alpha ignored", "sliced", _constants(alpha=lambda alpha: 1)),
-    Mutant("batch norm's shift lost", "acnet", _form(affine, "scale_shift", _without_shift)),
-    Mutant("bias not scaled", "scaled", _form(affine, "scale_shift", _unscaled_bias)),
-    Mutant("gamma not applied to the kernel", "acnet", _form(
-        affine, "scale_shift", _unscaled_kernel
-    )),
-    Mutant("scale on input channels", "scaled", _form(affine, "scale_shift", _scaled_inputs)),
-    Mutant("bias not carried through", "chain", _form(affine, "convolve", _forgotten_bias)),
-    Mutant("own bias forgotten", "chain", _convolve(bias=lambda bias: None)),
-    Mutant("padding off by one", "repvgg", _convolve(padding=_off_by_one)),
-    Mutant("concatenated in reverse", "concatenated", _form(
-        affine, "concatenate", lambda right, forms: replace(
-            right, kernel=lambda memo: torch.cat(list(reversed(right.weight(memo).split(4))))
+def _scales(change: Callable[..., Form]) -> Callable[[Patch], None]:
+    def apply(patch: Patch) -> None:
+        honest = affine.scale_shift
+        patch.setattr(
+            affine,
+            "scale_shift",
+            lambda form, scale, shift, *rules: change(honest, form, scale, shift, *rules),
         )
-    )),
-    Mutant("slice off by one", "sliced", _form(
-        affine, "slice_channels", lambda right, form, start, stop: right if not start
-        else replace(right, bias=right.bias.map(lambda v: v.roll(1, dims=0)))
-    )),
-    Mutant("crop on the wrong side", "cropped", lambda patch: patch.setattr(
-        affine, "pad", (lambda pad: lambda form, padding, value: pad(
-            form, [(after, before) for before, after in padding], value
-        ))(affine.pad),
-    )),
-    Mutant("border of the bias ignored", "biased border", lambda patch: patch.setattr(
-        Field, "is_constant", lambda field: True
-    )),
-    Mutant("zero padding between kernels ignored", "padded twice", lambda patch: patch.setattr(
-        Geometry, "reads_nothing_outside", lambda self, before, after: True
-    )),
-    Mutant("crop off by one", "cropped", lambda patch: patch.setattr(
-        Geometry, "pads", property((lambda pads: lambda geometry: tuple(
-            (before + 1, after - 1) for before, after in pads(geometry)
-        ))(Geometry.pads.fget)),
-    )),
-]  # fmt: skip
+
+    return apply
 
 
-@pytest.mark.parametrize("network", [name for name in NETWORKS if name != "narrow"])
-def test_the_right_engine_passes(network: str) -> None:
-    assert passes(NETWORKS[network]())
+mutant("shift lost", "repvgg")(
+    _scales(lambda honest, f, scale, shift, *r: honest(f, scale, 0 * shift, *r))
+)
+mutant("shift negated", "acnet")(
+    _scales(lambda honest, f, scale, shift, *r: honest(f, scale, -shift, *r))
+)
+mutant("shift before scale", "repvgg strided")(
+    _scales(lambda honest, f, scale, shift, *r: honest(f, scale, scale * shift, *r))
+)
+mutant("scale inverted", "cropped")(
+    _scales(lambda honest, f, scale, shift, *r: honest(f, 1 / scale, shift, *r))
+)
+mutant("variance for deviation", "concatenated")(
+    _scales(lambda honest, f, scale, shift, *r: honest(f, scale * scale.abs(), shift, *r))
+)
+mutant("one scale for all channels", "dilated")(
+    _scales(lambda honest, f, scale, shift, *r: honest(f, scale.mean().expand_as(scale), shift, *r))
+)
+mutant("bias not scaled", "scaled")(
+    _scales(
+        lambda honest, f, scale, shift, *r: replace(
+            honest(f, scale, shift, *r), bias=f.bias.scaled(torch.ones_like(scale), shift)
+        )
+    )
+)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_wrong_engine_is_rejected(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+@mutant("division as multiplication", "scaled")
+def _(patch: Patch) -> None:
+    honest = UNARY["aten.div.Tensor"]
+
+    def wrong(call: Call, form: Form) -> Form:
+        return honest(replace(call, node=replace(call.node, op="aten.mul.Tensor")), form)
+
+    patch.setitem(UNARY, "aten.div.Tensor", wrong)
+
+
+@mutant("constant minus data as data minus constant", "scaled")
+def _(patch: Patch) -> None:
+    honest = UNARY["aten.sub.Tensor"]
+
+    def wrong(call: Call, form: Form) -> Form:
+        minus = torch.full((form.geometry.out_channels,), -1.0, dtype=torch.float64)
+        return affine.scale_shift(honest(call, form), minus, torch.zeros_like(minus))
+
+    patch.setitem(UNARY, "aten.sub.Tensor", wrong)
+
+
+# Sequences ---------------------------------------------------------------------------------------
+
+
+def _convolves(change: Callable[..., Form]) -> Callable[[Patch], None]:
+    def apply(patch: Patch) -> None:
+        honest = affine.convolve
+        patch.setattr(affine, "convolve", lambda *args: change(honest, *args))
+
+    return apply
+
+
+mutant("outer bias forgotten", "chain")(
+    _convolves(lambda honest, form, weight, bias, *rest: honest(form, weight, None, *rest))
+)
+mutant("outer bias negated", "chain", "tokens")(
+    _convolves(
+        lambda honest, form, weight, bias, *rest: honest(
+            form, weight, None if bias is None else -bias, *rest
+        )
+    )
+)
+
+
+def _convolved(change: Callable[[Field, Field], Field]) -> Callable[[Patch], None]:
+    def apply(patch: Patch) -> None:
+        honest = Field.convolved
+        patch.setattr(Field, "convolved", lambda self, *args: change(self, honest(self, *args)))
+
+    return apply
+
+
+mutant("inner bias forgotten", "chain", "spatial chain", "dbb")(
+    _convolved(lambda before, after: after.map(torch.zeros_like))
+)
+mutant("inner bias halved", "concatenated", "tokens")(
+    _convolved(lambda before, after: after.map(lambda values: values / 2))
+)
+mutant("inner bias on the wrong channel", "chain")(
+    _convolved(lambda before, after: after.map(lambda values: values.roll(1, 0)))
+)
+
+
+def _composes(change: Callable[..., Tensor]) -> Callable[[Patch], None]:
+    def apply(patch: Patch) -> None:
+        honest = kernels.composed
+        patch.setattr(kernels, "composed", lambda *args: change(honest, *args))
+
+    return apply
+
+
+mutant("inner kernel flipped", "spatial chain")(
+    _composes(lambda honest, outer, inner, *rest: honest(outer, inner.flip(-1), *rest))
+)
+mutant("outer kernel flipped", "spatial chain")(
+    _composes(lambda honest, outer, inner, *rest: honest(outer.flip(-2), inner, *rest))
+)
+mutant("intermediate channels reversed", "chain", "tokens")(
+    _composes(lambda honest, outer, inner, *rest: honest(outer.flip(1), inner, *rest))
+)
+
+
+@mutant("kernels composed in the wrong order", "tokens")
+def _(patch: Patch) -> None:
+    honest = kernels.composed
+
+    def wrong(outer: Tensor, inner: Tensor, stride: Any, groups: int) -> Tensor:
+        square = outer.shape[0] == inner.shape[1] and outer.shape[1] == inner.shape[0]
+        if groups == 1 and square:
+            return honest(outer, inner, stride, groups).transpose(0, 1)
+        return honest(outer, inner, stride, groups)
+
+    patch.setattr(kernels, "composed", wrong)
+
+
+@mutant("stride not composed", "spatial chain")
+def _(patch: Patch) -> None:
+    honest = kernels.composed
+
+    def wrong(outer: Tensor, inner: Tensor, stride: Any, groups: int) -> Tensor:
+        right = honest(outer, inner, stride, groups)
+        dense = honest(outer, inner, [1] * len(stride), groups)
+        pads = [
+            n
+            for a, b in zip(right.shape[:1:-1], dense.shape[:1:-1], strict=True)
+            for n in (0, a - b)
+        ]
+        return F.pad(dense, pads)
+
+    patch.setattr(kernels, "composed", wrong)
+
+
+@mutant("average over one more position", "dbb")
+def _(patch: Patch) -> None:
+    honest = kernels.average_kernel
+    patch.setattr(
+        rules_module, "average_kernel", lambda channels, size, n: honest(channels, size, n + 1)
+    )
+
+
+# Channels ----------------------------------------------------------------------------------------
+
+
+@mutant("concatenation reversed", "concatenated")
+def _(patch: Patch) -> None:
+    honest = affine.concatenate
+    patch.setattr(affine, "concatenate", lambda forms: honest(list(reversed(forms))))
+
+
+@mutant("slice off by one", "sliced")
+def _(patch: Patch) -> None:
+    honest = affine.slice_channels
+    patch.setattr(
+        affine,
+        "slice_channels",
+        lambda form, start, stop: honest(form, start - bool(start), stop - bool(start)),
+    )
+
+
+@mutant("alpha ignored", "sliced")
+def _(patch: Patch) -> None:
+    honest = JOIN["aten.sub.Tensor"]
+
+    def wrong(call: Call, forms: list[Form]) -> Form:
+        args = {**call.node.args, "alpha": 1}
+        return honest(replace(call, node=replace(call.node, args=args)), forms)
+
+    patch.setitem(JOIN, "aten.sub.Tensor", wrong)
+
+
+@mutant("subtraction as addition", "sliced")
+def _(patch: Patch) -> None:
+    patch.setitem(
+        JOIN,
+        "aten.sub.Tensor",
+        lambda call, forms: affine.add(forms[0], forms[1], float(call.value("alpha"))),
+    )
+
+
+# Borders -----------------------------------------------------------------------------------------
+
+
+@mutant("crop from the other side", "cropped")
+def _(patch: Patch) -> None:
+    honest = affine.pad
+    patch.setattr(
+        affine,
+        "pad",
+        lambda form, padding, value: honest(form, [(a, b) for b, a in padding], value),
+    )
+
+
+@mutant("padding after a spatial kernel taken as exact", "padded twice")
+def _(patch: Patch) -> None:
+    patch.setattr(affine.Geometry, "reads_nothing_outside", lambda *_: True)
+
+
+@mutant("interior bias at the border too", "biased border")
+def _(patch: Patch) -> None:
+    patch.setattr(cover, "usable", lambda form: True)
+
+
+@mutant("border bias in the interior", "biased border")
+def _(patch: Patch) -> None:
+    patch.setattr(cover, "usable", lambda form: True)
+    patch.setattr(Field, "interior", property(lambda self: self.values.flatten(1)[:, 0]))
+
+
+# Precision ---------------------------------------------------------------------------------------
+
+
+@mutant("weights read in float16", "acnet")
+def _(patch: Patch) -> None:
+    _narrowed(patch, torch.float16)
+
+
+@mutant("weights read in bfloat16", "repvgg")
+def _(patch: Patch) -> None:
+    _narrowed(patch, torch.bfloat16)
+
+
+def _narrowed(patch: Patch, dtype: torch.dtype) -> None:
+    patch.setattr(
+        constants,
+        "_widened",
+        lambda tensor: tensor.to(dtype).double() if tensor.is_floating_point() else tensor,
+    )
+
+
+@mutant("float32 kernels in the float64 check", "repvgg")
+def _(patch: Patch) -> None:
+    honest = rewrite._Writer._cast
+    patch.setattr(
+        rewrite._Writer,
+        "_cast",
+        lambda self, x: honest(self, x.float() if x.is_floating_point() else x),
+    )
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.name} ({m.network})")
+def test_a_mutant_gets_no_certificate(mutant: Mutant, monkeypatch: Patch) -> None:
     program = NETWORKS[mutant.network]()
-    assert passes(program)
-    mutant.patch(monkeypatch)
+    mutant.apply(monkeypatch)
     certificate = certify(fuse(program))
+    _results.append((mutant.name, mutant.network, certificate))
     assert not certificate.passed
     assert certificate.failures
 
 
-def test_there_are_enough_mutants() -> None:
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 30
-
-
-def test_an_output_that_hardly_varies_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random kernel moves this output by a part in 10,000; its variation is no larger."""
-    program = NETWORKS["narrow"]()
-    _emitted(lambda kernel: torch.randn(kernel.shape, dtype=kernel.dtype))(monkeypatch)
-    fusion = fuse(program)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_unchanged_engine_gets_its_certificate(network: str) -> None:
+    fusion = fuse(NETWORKS[network]())
     certificate = certify(fusion)
-    assert certificate.output_variation < 1e-2
-    assert certificate.error_end_to_end > certificate.limits.end_to_end
+    assert certificate.passed, certificate.failures
+    refused = network in {"padded twice", "biased border"}
+    assert bool(fusion.regions) is not refused
+
+
+def test_enough_mutants_were_killed(capsys: pytest.CaptureFixture[str]) -> None:
+    if len(_results) < len(MUTANTS):
+        pytest.skip("not every mutant ran in this session")
+    with capsys.disabled():
+        print(f"\n{'mutant':46s} {'network':16s} {'region':>9s} {'float32':>9s}")
+        for name, network, c in _results:
+            print(f"{name:46s} {network:16s} {c.error_float64:9.1e} {c.error_end_to_end:9.1e}")
+    assert len({name for name, _, _ in _results}) >= 30
+    assert not any(certificate.passed for _, _, certificate in _results)
+
+
+def test_a_random_stem_in_a_network_that_hardly_varies(monkeypatch: Patch) -> None:
+    """The outputs agree to four digits, as the official check would have it, and still fail."""
+    honest = kernels.regrouped
+
+    def random(*args: Any) -> Tensor:
+        kernel = honest(*args)
+        seeded = torch.Generator().manual_seed(0)
+        noise = torch.randn(kernel.shape, generator=seeded, dtype=torch.float64)
+        return noise * kernel.square().mean().sqrt()
+
+    monkeypatch.setattr(rewrite, "regrouped", random)
+    program = narrow()
+    fusion = fuse(program)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(run(fusion.program, x)[0], run(program, x)[0], rtol=1e-2, atol=1e-3)
+    certificate = certify(fusion)
     assert not certificate.passed
+    assert certificate.error_float64 > 1e-3
+    assert certificate.error_end_to_end > 1e-3
+
+
+def test_a_served_program_that_is_not_the_checked_one_fails() -> None:
+    fusion = fuse(NETWORKS["repvgg"]())
+    weights = dict(fusion.program.weights)
+    name = fusion.regions[0].weight
+    assert name is not None
+    weights[name] = weights[name].roll(1, 0)
+    certificate = certify(fusion, served=replace(fusion.program, weights=weights))
+    assert certificate.error_float64 <= 1e-12
+    assert not certificate.passed
+
+
+def test_weights_assigned_wrongly_by_the_weight_reader_fail(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Weight, "of", staticmethod(lambda t: Weight(tuple(t.shape), lambda: 2 * t)))
+    assert not certify(fuse(NETWORKS["dbb"]())).passed
