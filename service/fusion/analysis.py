@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from service.errors import FusionError
 from service.fusion import affine
 from service.fusion.affine import Form, Inexact, Layout
 from service.fusion.constants import Constants
@@ -46,7 +47,10 @@ def analyse(program: Program) -> Analysis:
         order[node.name] = position
         if node.name in constants or node.shape is None:
             continue
-        interpreted = _interpret(Call(node, constants, specs), forms)
+        try:
+            interpreted = _interpret(Call(node, constants, specs), forms)
+        except RuntimeError as error:
+            raise FusionError(f"{node.op} at {node.source or node.name}: {error}") from error
         if interpreted is None:
             continue
         found, reasons = interpreted

@@ -319,6 +319,8 @@ def _other(call: Call) -> Tensor:
 def _broadcast(values: Tensor, form: Form, call: Call) -> Tensor:
     """A constant operand as `[C, *size]` (broadcastable), without its batch axis."""
     rank = call.rank
+    if call.specs[call.data()[0]].shape != call.node.shape:
+        raise Inexact("a constant broadcasts the value to a larger shape")
     values = values.reshape((1,) * (rank - values.dim()) + tuple(values.shape))
     if values.dim() != rank or values.shape[0] != 1:
         raise Inexact("a constant differs from row to row of the batch")
