@@ -8,6 +8,7 @@ from service.fusion import fuse
 from tests.fusion.test_property import deviation
 from tests.graph.builder import Builder
 
+
 @pytest.mark.parametrize(
     ("op", "sizes", "constant"),
     [
