@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 pin = $(shell grep '^$(1)==' $(LOCK))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test test lint format serve demo bench soak lock clean
+.PHONY: help install install-test test lint format serve demo bench soak docs lock clean
 
 help:
 	@echo 'make demo      train, convert, serve and benchmark, from nothing to a printed result (ARGS=--keep leaves it running)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks behind the figures of the README'
 	@echo 'make soak      the long tests'
+	@echo 'make docs      the pages of docs/ that are written from the code'
 	@echo 'make install   only the environment in .venv'
 
 install: $(VENV)/.installed
@@ -51,6 +52,9 @@ lint: install-test
 format: install-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: install
+	$(PY) -m service.settings > docs/configuration.md
 
 serve: install
 	$(VENV)/bin/foldserve serve --data-dir .data $(ARGS)

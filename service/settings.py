@@ -34,6 +34,17 @@ def _setting(default: Any, unit: str, description: str, **constraints: Any) -> A
     )
 
 
+_PAGE_HEAD = """\
+# Configuration
+
+Environment variables, read once at start. One that starts with `FOLDSERVE_` and is not listed is
+an error. This page is written by `make docs` from `service/settings.py`.
+
+| variable | default | unit | what |
+|---|---|---|---|
+"""
+
+
 @dataclass(frozen=True)
 class SettingRow:
     """One setting as the documents show it: variable name, default as text, unit, description."""
@@ -263,6 +274,16 @@ class Settings(BaseSettings):
             )
         return tuple(rows)
 
+    @classmethod
+    def page(cls) -> str:
+        """The configuration page of the documents, in Markdown."""
+        rows = "".join(
+            f"| `{row.variable}` | {f'`{row.default}`' if row.default else ''} "
+            f"| {row.unit} | {row.description} |\n"
+            for row in cls.table()
+        )
+        return _PAGE_HEAD + rows
+
 
 def unknown_variables(environment: Iterable[str]) -> tuple[str, ...]:
     """The names that carry the prefix and are no setting, sorted."""
@@ -304,3 +325,7 @@ def _default_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)
+
+
+if __name__ == "__main__":
+    print(Settings.page(), end="")
