@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query
 from numpy.typing import NDArray
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from service import errors
@@ -19,10 +19,11 @@ from service.api.bodies import MultipartReader, Part, media_type, too_large, who
 from service.api.direct import DirectRoute, direct
 from service.api.documented import refusals
 from service.api.encoding import json_bytes
+from service.api.inference import compute, find_hosted, server_timing, unless_departed
 from service.api.schemas import ArraysAnswer, PredictionAnswer
 from service.api.state import Service, of
 from service.api.uploads import ModelName
-from service.errors import BadInput, NotLoaded, UnsupportedMediaType
+from service.errors import BadInput, UnsupportedMediaType
 from service.hosting import Hosted
 from service.serving import Form, Result
 
@@ -32,9 +33,9 @@ ARRAYS = "application/vnd.foldserve.arrays+json"
 _JSON = "application/json"
 _BINARY_PART = "application/octet-stream"  # what clients say of files whose name tells them nothing
 _TYPES = (*images.FORMATS, "multipart/form-data", tensors.NPY, _JSON)
-_PATIENCE_SECONDS = 0.05
 _FORMS: Mapping[str, Form] = {"deploy": "deploy", "train": "train"}
-_PARAMETERS = {"version", "form", "top_k"}
+_BOOLEANS: Mapping[str, bool] = {"true": True, "false": False}
+_PARAMETERS = {"version", "form", "top_k", "timing"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class _Asked:
     version: int | None
     form: Form
     top_k: int
+    timing: bool = False
 
 
 async def predict(request: Request) -> Response:
@@ -51,15 +53,11 @@ async def predict(request: Request) -> Response:
     service = of(request)
     name: str = request.path_params["name"]
     asked = _asked(request.query_params, service)
-    hosted = await _hosted(service, name, asked.version)
-    rows = await _rows(request, service, hosted)
-    try:
-        result = await _unless_departed(request, hosted.predict(rows, asked.form))
-    except NotLoaded:
-        # Unloaded between the look and the call, by a switch or for idleness: look once more.
-        hosted = await _hosted(service, name, asked.version, again=True)
-        result = await _unless_departed(request, hosted.predict(rows, asked.form))
-    return _answer(request, hosted, asked, result)
+    found = await find_hosted(service, name, asked.version)
+    rows = await _rows(request, service, found)
+    work = compute(service, found, asked.version, rows, asked.form)
+    found, result = await unless_departed(request, work)
+    return _answer(request, found, asked, result)
 
 
 @router.post(
@@ -133,6 +131,9 @@ async def documented(
         Query(description="The fused network, or the uploaded one as it was trained."),
     ] = "deploy",
     top_k: Annotated[int | None, Query(ge=1, description="How many labels a row gets.")] = None,
+    timing: Annotated[
+        bool, Query(description="Say in `Server-Timing` how long it waited and computed, in ms.")
+    ] = False,
 ) -> None:
     """Classify images or run arrays.
 
@@ -142,32 +143,6 @@ async def documented(
     answer is one float32 array: outputs are flattened per row and concatenated when the network
     has several.
     """
-
-
-async def _unless_departed(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`; if the client leaves first, `work` is cancelled and gives up its place.
-
-    Watching for that costs another task, so it begins only when the answer is slow to come.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=_PATIENCE_SECONDS)
-        if not done:
-            gone = asyncio.ensure_future(_departure(request))
-            try:
-                await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                gone.cancel()
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
-    finally:
-        task.cancel()
-
-
-async def _departure(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _asked(query: Mapping[str, str], service: Service) -> _Asked:
@@ -184,7 +159,11 @@ def _asked(query: Mapping[str, str], service: Service) -> _Asked:
     if form is None:
         raise BadInput(f"`form` is {asked_form[:40]!r}.", remedy="Use deploy or train.")
     version = _whole_number(query, "version")
-    return _Asked(version, form, _whole_number(query, "top_k") or service.settings.top_k)
+    timing = _BOOLEANS.get(query.get("timing", "false"))
+    if timing is None:
+        raise BadInput(f"`timing` is {query['timing'][:40]!r}.", remedy="Use true or false.")
+    top_k = _whole_number(query, "top_k") or service.settings.top_k
+    return _Asked(version, form, top_k, timing)
 
 
 def _whole_number(query: Mapping[str, str], name: str) -> int | None:
@@ -194,18 +173,6 @@ def _whole_number(query: Mapping[str, str], name: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
         raise BadInput(f"`{name}` is {text[:40]!r}.", remedy="Use a whole number from 1 on.")
     return int(text)
-
-
-async def _hosted(
-    service: Service, name: str, version: int | None, *, again: bool = False
-) -> Hosted:
-    found = None if again else service.host.hosted(name, version)
-    if found is None:
-        number = await service.host.ensure(name, version)
-        found = service.host.hosted(name, number)
-    if found is None:
-        raise NotLoaded(f"Model {name!r} was unloaded meanwhile.")
-    return found
 
 
 async def _rows(request: Request, service: Service, hosted: Hosted) -> NDArray[np.float32]:
@@ -285,6 +252,8 @@ async def _on_thread(service: Service, function: Any, *args: Any) -> NDArray[np.
 def _answer(request: Request, hosted: Hosted, asked: _Asked, result: Result) -> Response:
     accept = request.headers.get("accept", "")
     headers = {"Foldserve-Version": str(hosted.version)}
+    if asked.timing:
+        headers["Server-Timing"] = server_timing(result.timing)
     if tensors.NPY in accept:
         body = tensors.to_npy(tensors.joined(result.outputs))
         return Response(body, headers=headers, media_type=tensors.NPY)

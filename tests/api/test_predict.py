@@ -262,3 +262,14 @@ def test_the_reported_preprocessing_is_the_one_applied(http: httpx.Client, model
     assert told["origin"] == "ImageNet preset"
     assert told["resize"] == tiny.SIDE
     assert told["mean"] == list(images.IMAGENET_MEAN)
+
+
+def test_a_request_may_ask_where_its_time_went(http: httpx.Client, model: str) -> None:
+    path, body = f"/v1/models/{model}/predict", tiny.npy(tiny.rows(2))
+    answer = http.post(path, params={"timing": "true"}, content=body, headers=NPY)
+    queue, compute, batch = answer.headers["server-timing"].split(", ")
+    assert float(queue.removeprefix("queue;dur=")) >= 0
+    assert float(compute.removeprefix("compute;dur=")) > 0
+    assert batch == 'batch;desc="2 rows"'
+    assert "server-timing" not in http.post(path, content=body, headers=NPY).headers
+    problem(http.post(path, params={"timing": "1"}, content=body, headers=NPY), 422, "bad_input")

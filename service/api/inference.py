@@ -1,0 +1,86 @@
+"""From rows to a result: what every protocol's inference does once its request has been read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect, Request
+
+from service.api.state import Service
+from service.errors import NotLoaded
+from service.hosting import Hosted
+from service.serving import Form, Result, Timing
+
+T = TypeVar("T")
+
+_PATIENCE_SECONDS = 0.05
+
+
+async def find_hosted(
+    service: Service, name: str, version: int | None, *, again: bool = False
+) -> Hosted:
+    """The version that answers, loaded if need be; `again` looks past what was found before.
+
+    Raises ModelNotFound, VersionNotFound, VersionNotReady, NotServable, or what loading raises.
+    """
+    found = None if again else service.host.hosted(name, version)
+    if found is None:
+        number = await service.host.ensure(name, version)
+        found = service.host.hosted(name, number)
+    if found is None:
+        raise NotLoaded(f"Model {name!r} was unloaded meanwhile.")
+    return found
+
+
+async def compute(
+    service: Service, on: Hosted, version: int | None, rows: NDArray[np.float32], form: Form
+) -> tuple[Hosted, Result]:
+    """The outputs for `rows`, and the version that gave them: `on`, or its successor.
+
+    `version` is what the caller asked for. A version may be unloaded between the look and the
+    call, by a switch or for idleness: then it is looked for once more.
+    """
+    try:
+        return on, await on.predict(rows, form)
+    except NotLoaded:
+        on = await find_hosted(service, on.model, version, again=True)
+        return on, await on.predict(rows, form)
+
+
+async def unless_departed(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; if the client leaves first, `work` is cancelled and gives up its place.
+
+    Watching for that costs another task, so it begins only when the answer is slow to come.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=_PATIENCE_SECONDS)
+        if not done:
+            gone = asyncio.ensure_future(_departure(request))
+            try:
+                await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gone.cancel()
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        task.cancel()
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def server_timing(timing: Timing) -> str:
+    """The value of a `Server-Timing` header; durations in milliseconds, the batch's rows beside."""
+    return (
+        f"queue;dur={timing.queue_seconds * 1e3:.3f}, "
+        f"compute;dur={timing.compute_seconds * 1e3:.3f}, "
+        f'batch;desc="{timing.batch_rows} rows"'
+    )
