@@ -18,11 +18,26 @@ from service.graph.program import Node, Program, TensorSpec
 
 
 @dataclass(frozen=True)
+class Operation:
+    """One operator of a block before fusion, as a step of its drawing.
+
+    `op` is the ATen name; `kernel` and `groups` are those of a convolution, else empty and 1.
+    `reads` are positions among the block's operations; -1 stands for what enters the block.
+    """
+
+    op: str
+    module: str
+    kernel: tuple[int, ...]
+    groups: int
+    reads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Block:
     """One linear region. `status` is `fused`, `kept` (nothing to gain) or `refused` (not exact).
 
-    `modules` are the source modules, `rules` and `sources` how they were joined and where the rule
-    is published; counts are of one sample.
+    `modules` are the source modules, `operations` what it was made of in execution order, `rules`
+    and `sources` how they were joined and where the rule is published; counts are of one sample.
     """
 
     module: str
@@ -31,6 +46,7 @@ class Block:
     rules: tuple[str, ...]
     sources: tuple[str, ...]
     modules: tuple[str, ...]
+    operations: tuple[Operation, ...]
     operators_before: int
     operators_after: int
     convolutions_before: int
@@ -131,6 +147,7 @@ def _fused_block(region: Region, analysis: Analysis, nodes: dict[str, Node]) -> 
         rules=tuple(rule.value for rule in rules),
         sources=tuple(dict.fromkeys(rule.source for rule in rules)),
         modules=_modules(members),
+        operations=_operations(members, analysis),
         operators_before=len(members),
         operators_after=1,
         convolutions_before=sum(node.op in CONVOLUTIONS for node in members),
@@ -155,6 +172,31 @@ def _parameter_rule(members: Sequence[Node], analysis: Analysis) -> frozenset[Ru
 
 def _modules(members: Sequence[Node]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(node.source for node in members if node.source))
+
+
+def _operations(members: Sequence[Node], analysis: Analysis) -> tuple[Operation, ...]:
+    position = {node.name: index for index, node in enumerate(members)}
+    constants = analysis.program.weights.keys() | analysis.constants.computed
+    return tuple(
+        Operation(
+            op=node.op,
+            module=node.source,
+            kernel=_kernel(node, analysis.specs) if node.op in CONVOLUTIONS else (),
+            groups=_groups(node),
+            reads=tuple(position.get(name, -1) for name in node.refs() if name not in constants),
+        )
+        for node in members
+    )
+
+
+def _kernel(node: Node, specs: dict[str, TensorSpec]) -> tuple[int, ...]:
+    weight = _weight_spec(node, specs)
+    return tuple(size or 0 for size in weight.shape[2:]) if weight else ()
+
+
+def _groups(node: Node) -> int:
+    groups = node.args.get("groups")
+    return groups if isinstance(groups, int) else 1
 
 
 def _parameters(members: Sequence[Node], analysis: Analysis) -> int:
@@ -185,8 +227,7 @@ def _kept_block(node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, N
     specs = analysis.specs
     weight = _weight_spec(node, specs)
     shape = tuple(n or 0 for n in weight.shape) if weight else ()
-    groups = node.args.get("groups")
-    groups = groups if isinstance(groups, int) else 1
+    groups = _groups(node)
     return Block(
         module=node.source,
         status=status,
@@ -194,11 +235,12 @@ def _kept_block(node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, N
         rules=(),
         sources=(),
         modules=_modules([node]),
+        operations=_operations([node], analysis),
         operators_before=1,
         operators_after=1,
         convolutions_before=1,
         convolutions_after=1,
-        kernel=shape[2:],
+        kernel=_kernel(node, specs),
         stride=_numbers(node.args.get("stride")),
         groups=groups,
         in_channels=(shape[1] if len(shape) > 1 else 0) * groups,
