@@ -5,18 +5,15 @@ Exit codes: 0 done, 1 refused (the problem is printed with its remedy), 2 wrong 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
 
 from service import __version__
+from service.commands import keys, show
 from service.commands.local import convert, inspect, pack
 from service.commands.remote import benchmark, models, predict, push
-from service.settings import Settings, explain
 
 app = typer.Typer(
     name="foldserve",
@@ -26,7 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-errors = Console(stderr=True)
 
 
 def main() -> None:
@@ -59,8 +55,7 @@ def serve(
 
     Every other setting is an environment variable `FOLDSERVE_...`; the README lists them.
     """
-    given: dict[str, Any] = {"host": host, "port": port, "data_dir": data_dir}
-    settings = _settings({name: value for name, value in given.items() if value is not None})
+    settings = show.settings(host=host, port=port, data_dir=data_dir)
     from service.api.server import run  # torch takes seconds to import; --help should not
 
     raise typer.Exit(run(settings))
@@ -78,15 +73,7 @@ def demo(
 
 for command in (convert, inspect, pack, push, models, predict, benchmark):
     app.command()(command)
-
-
-def _settings(given: dict[str, Any]) -> Settings:
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        for line in explain(error):
-            errors.print(f"[red]error[/red]: {line}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+app.add_typer(keys.app, name="keys")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,15 @@ FoldserveError
 │   ├── UploadTooLarge
 │   ├── StorageFull
 │   └── BlobCorrupt
+├── AccessError              who asks, from where, and how often
+│   ├── Unauthorized
+│   ├── Forbidden
+│   ├── RateLimited
+│   ├── HostNotAllowed
+│   ├── OriginNotAllowed
+│   ├── UrlTooLong
+│   ├── HeadTooLarge
+│   └── KeyNotFound
 └── ServingError             one request
     ├── BadInput
     ├── UnsupportedMediaType
@@ -301,6 +310,50 @@ class StorageFull(StoreError):
 class BlobCorrupt(StoreError):
     title = "Stored bytes do not match their hash"
     remedy = "Restore the blob from a backup, or upload the checkpoint again."
+
+
+class AccessError(FoldserveError):
+    title = "The request is not let in"
+
+
+class Unauthorized(AccessError):
+    title = "The request carries no valid API key"
+    remedy = "Send `Authorization: Bearer KEY`; `foldserve keys create` makes keys."
+
+
+class Forbidden(AccessError):
+    title = "The API key does not allow that"
+    remedy = "Use a key with the named scope; `foldserve keys create` makes keys."
+
+
+class RateLimited(AccessError):
+    title = "Too many requests from this key or address"
+    remedy = "Repeat the request after the time in Retry-After."
+
+
+class HostNotAllowed(AccessError):
+    title = "The service does not answer to this host name"
+    remedy = "If the name is right, list it in FOLDSERVE_ALLOWED_HOSTS."
+
+
+class OriginNotAllowed(AccessError):
+    title = "Pages of another site may not change anything here"
+    remedy = "If the site is trusted, list its origin in FOLDSERVE_CORS_ORIGINS."
+
+
+class UrlTooLong(AccessError):
+    title = "The address of the request is too long"
+    remedy = "Send large values in the body, or raise FOLDSERVE_MAX_URL_BYTES."
+
+
+class HeadTooLarge(AccessError):
+    title = "The headers of the request are too large or too many"
+    remedy = "Send fewer headers, or raise FOLDSERVE_MAX_HEAD_BYTES or FOLDSERVE_MAX_HEADERS."
+
+
+class KeyNotFound(AccessError):
+    title = "There is no such API key"
+    remedy = "List the keys with `foldserve keys list`."
 
 
 class ServingError(FoldserveError):

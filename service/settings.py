@@ -8,7 +8,9 @@ prefix and names no field is an error, because a misspelt limit is a limit that 
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,12 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 # Variables with the prefix that are no settings: tests and the commands for a remote service read
 # them.
-_NOT_SETTINGS = frozenset({"FOLDSERVE_CONFORMANCE", "FOLDSERVE_URL"})
+_NOT_SETTINGS = frozenset({"FOLDSERVE_API_KEY", "FOLDSERVE_CONFORMANCE", "FOLDSERVE_URL"})
+
+
+_HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9_.\[\]:-]+")
+_Names = Annotated[tuple[str, ...], NoDecode]
 
 
 def _setting(default: Any, unit: str, description: str, **constraints: Any) -> Any:
@@ -71,7 +78,10 @@ class Settings(BaseSettings):
     port: int = _setting(8000, "TCP port", "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     data_dir: Path = _setting(Path(".data"), "path", "Folder of the embedded store and scratch.")
     database_url: str | None = _setting(
-        None, "URL", "Catalog as an SQLAlchemy URL; unset means SQLite inside `data_dir`."
+        None,
+        "URL",
+        "Catalog as an SQLAlchemy URL; unset means SQLite inside `data_dir`.",
+        repr=False,
     )
     blob_url: str | None = _setting(
         None, "URL or path", "Blob store; unset means a folder inside `data_dir`."
@@ -88,6 +98,54 @@ class Settings(BaseSettings):
     )
     keep_alive_seconds: float = _setting(
         30.0, "s", "How long an idle HTTP connection is kept open.", gt=0, le=3600
+    )
+
+    # Who may ask, and how much at once
+    auth: Literal["auto", "keys", "insecure-off"] = _setting(
+        "auto",
+        "name",
+        "Whether requests need an API key; `auto` asks for one unless `host` is loopback.",
+    )
+    key_refresh_seconds: float = _setting(
+        2.0, "s", "Longest time until a created or revoked key counts.", gt=0, le=60
+    )
+    allowed_hosts: _Names = _setting(
+        (),
+        "names",
+        "DNS names that it answers to without keys, beside addresses and names without a dot; "
+        "`*` for any, `*.example.com` for those below one. If set, it holds with keys too.",
+    )
+    cors_origins: _Names = _setting(
+        (), "origins", "Origins whose pages may use the API, such as `https://app.example.com`."
+    )
+    rate_limit: float = _setting(
+        0.0, "requests/s", "Lasting rate of one key, or address without keys; 0 for any.", ge=0
+    )
+    rate_limit_burst: int = _setting(
+        100, "requests", "Requests beyond `rate_limit` that may come at once.", ge=1
+    )
+    max_connections: int = _setting(
+        1000, "connections", "Connections held at once; one more is answered 503.", ge=1
+    )
+    max_head_bytes: int = _setting(
+        64 * KIB, "bytes", "Largest head of a request: address and headers; then 431.", ge=1 * KIB
+    )
+    max_headers: int = _setting(100, "headers", "Most headers of a request; then 431.", ge=1)
+    max_url_bytes: int = _setting(
+        32 * KIB, "bytes", "Longest path and query of a request; then 414.", ge=64, le=65_535
+    )
+    head_seconds: float = _setting(
+        10.0, "s", "Longest time from a request's first byte to the end of its head.", gt=0
+    )
+    min_body_bytes_per_second: float = _setting(
+        1024.0, "bytes/s", "A body that arrives slower than this on the whole is given up.", ge=0
+    )
+    response_idle_seconds: float = _setting(
+        60.0, "s", "A client that takes nothing of its answer for this long is cut off.", gt=0
+    )
+    max_parts: int = _setting(1024, "parts", "Most parts of a multipart body.", ge=1)
+    max_part_header_bytes: int = _setting(
+        8 * KIB, "bytes", "Largest headers of one part of a multipart body.", ge=64
     )
 
     # Uploads
@@ -224,10 +282,28 @@ class Settings(BaseSettings):
     def _empty_is_unset(cls, value: Any) -> Any:
         return None if value == "" else value
 
-    @field_validator("benchmark_batch_sizes", mode="before")
+    @field_validator("benchmark_batch_sizes", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _comma_separated(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not _HOST_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no host name; give names without scheme and port")
+        return tuple(name.lower() for name in value)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; write scheme://host[:port]")
+        return value
 
     @field_validator("benchmark_batch_sizes")
     @classmethod
@@ -241,6 +317,11 @@ class Settings(BaseSettings):
         if self.page_size > self.max_page_size:
             raise ValueError("page_size must not exceed max_page_size")
         return self
+
+    @property
+    def keys_required(self) -> bool:
+        """Whether a request needs an API key: off loopback by default, and never if waived."""
+        return self.auth == "keys" or (self.auth == "auto" and not is_loopback(self.host))
 
     @property
     def effective_database_url(self) -> str:
@@ -283,6 +364,14 @@ class Settings(BaseSettings):
             for row in cls.table()
         )
         return _PAGE_HEAD + rows
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def unknown_variables(environment: Iterable[str]) -> tuple[str, ...]:

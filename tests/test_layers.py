@@ -41,7 +41,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "client": _LEAVES,
     "api": _LEAVES | {"pipeline", "worker", "hosting", "serving", "bench", "store"} | {"web"},
     "demo": _LEAVES | {"client", "networks"},
-    "commands": _LEAVES | {"__init__", "client", "pipeline", "worker", "hosting"},
+    "commands": _LEAVES | {"__init__", "client", "pipeline", "worker", "hosting", "store"},
     "cli": _LEAVES | {"api", "commands", "demo"},
 }
 

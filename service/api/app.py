@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api import (
@@ -15,12 +16,16 @@ from service.api import (
     downloads,
     events,
     health,
+    login,
     models,
     pages,
     predict,
     problems,
     uploads,
 )
+from service.api.access import describe
+from service.api.guard import Guard, cors
+from service.api.keyring import Keyring
 from service.api.metrics import Metrics
 from service.api.middleware import AroundEveryRequest
 from service.api.state import Service
@@ -43,10 +48,11 @@ a `remedy`; [/problems](/problems) lists them.
 def create_app(settings: Settings) -> FastAPI:
     """The application for `settings`. Nothing is opened before its lifespan begins."""
     metrics = Metrics()
+    keyring = Keyring(settings.key_refresh_seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _opened(settings, metrics) as service:
+        async with _opened(settings, metrics, keyring) as service:
             app.state.service = service
             yield
 
@@ -60,15 +66,20 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_url="/openapi.json",
     )
     problems.install(app)
+    # The last one added is the outermost.
+    app.add_middleware(Guard, settings=settings, keyring=keyring)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, **cors(settings))
     app.add_middleware(AroundEveryRequest, metrics=metrics, access_log=settings.access_log)
-    for module in (models, uploads, events, downloads, predict, benchmark, health, pages):
+    for module in (models, uploads, events, downloads, predict, benchmark, health, pages, login):
         app.include_router(module.router)
     pages.mount_static(app)
+    describe(app)
     return app
 
 
 @asynccontextmanager
-async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Service]:
+async def _opened(settings: Settings, metrics: Metrics, keyring: Keyring) -> AsyncIterator[Service]:
     """Open store, catalog, models and worker; close them in the opposite order."""
     async with AsyncExitStack() as stack:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -78,6 +89,9 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Service
         await run_in_threadpool(blobs.sweep_temporary)
         catalog = await run_in_threadpool(Catalog, settings.effective_database_url)
         stack.callback(catalog.close)
+        if settings.keys_required:
+            await keyring.start(catalog.keys.all)
+            stack.push_async_callback(keyring.close)
         limits = ModelSetLimits(
             batch=BatchLimits(settings.queue_rows, settings.request_seconds),
             threads=settings.torch_threads,
@@ -93,6 +107,6 @@ async def _opened(settings: Settings, metrics: Metrics) -> AsyncIterator[Service
         await run_in_threadpool(worker.start)
         # In a thread: the worker may be waiting for this very loop to load a model.
         stack.push_async_callback(run_in_threadpool, worker.stop, settings.drain_seconds)
-        service = Service(settings, metrics, blobs, catalog, host, worker, decoders)
+        service = Service(settings, metrics, blobs, catalog, host, worker, decoders, keyring)
         metrics.watch(lambda: health.families(service))
         yield service

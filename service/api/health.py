@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from service import __version__
@@ -32,10 +32,15 @@ async def live() -> dict[str, str]:
     response_model=HealthAnswer,
     responses={503: {"description": "Still loading, failing, or draining.", "model": HealthAnswer}},
 )
-async def ready(service: Here) -> Response:
-    """200 once every model's default is loaded or known to fail, and until the drain begins."""
+async def ready(request: Request, service: Here) -> Response:
+    """200 once every model's default is loaded or known to fail, and until the drain begins.
+
+    It needs no key; without one that may read, the answer holds the status alone.
+    """
     body = await overview(service)
     usable = service.host.started and all(body["checks"].values()) and not service.draining
+    if not request.state.caller.may_read:
+        body = {"status": body["status"]}
     return Response(json_bytes(body), 200 if usable else 503, media_type="application/json")
 
 

@@ -29,7 +29,7 @@ CONTENT_SECURITY_POLICY = (
 _SECURITY = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "content-security-policy": CONTENT_SECURITY_POLICY,

@@ -58,7 +58,8 @@ def mount_static(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=_WEB / "static"), name="static")
 
 
-def _page(name: str, **values: Any) -> Response:
+def page(name: str, **values: Any) -> Response:
+    """One of the templates, filled in; never kept by a cache."""
     text = _templates.get_template(f"{name}.html").render(page=name, version=__version__, **values)
     return HTMLResponse(text, headers={"Cache-Control": "no-store"})
 
@@ -69,20 +70,20 @@ async def status(request: Request, service: Here) -> Response:
     body = await health.overview(service)
     served, recent = await in_thread(_status_rows, service, body["models"])
     base = str(request.base_url).rstrip("/")
-    return await in_thread(_page, "status", health=body, served=served, recent=recent, base=base)
+    return await in_thread(page, "status", health=body, served=served, recent=recent, base=base)
 
 
 @router.get("/docs")
 async def docs(request: Request) -> Response:
     """The OpenAPI document for people."""
     base = str(request.base_url).rstrip("/")
-    return _page("docs", groups=_operations(request.app.openapi(), base))
+    return page("docs", groups=_operations(request.app.openapi(), base))
 
 
 @router.get("/problems")
 async def all_problems() -> Response:
     """Every problem code."""
-    return _page("problems", rows=problems.catalogue(), chosen=None)
+    return page("problems", rows=problems.catalogue(), chosen=None)
 
 
 @router.get("/problems/{code}")
@@ -91,7 +92,7 @@ async def one_problem(code: str) -> Response:
     rows = problems.catalogue()
     if code not in {row["code"] for row in rows}:
         return problems.not_found(f"/problems/{code}")
-    return _page("problems", rows=rows, chosen=code)
+    return page("problems", rows=rows, chosen=code)
 
 
 def _status_rows(

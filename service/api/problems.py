@@ -42,6 +42,13 @@ STATUS: dict[type[FoldserveError], HTTPStatus] = {
     errors.NotServable: HTTPStatus.CONFLICT,
     errors.UploadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.StorageFull: HTTPStatus.INSUFFICIENT_STORAGE,
+    errors.AccessError: HTTPStatus.FORBIDDEN,
+    errors.Unauthorized: HTTPStatus.UNAUTHORIZED,
+    errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.HostNotAllowed: HTTPStatus.MISDIRECTED_REQUEST,
+    errors.UrlTooLong: HTTPStatus.REQUEST_URI_TOO_LONG,
+    errors.HeadTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    errors.KeyNotFound: HTTPStatus.NOT_FOUND,
     errors.ServingError: HTTPStatus.INTERNAL_SERVER_ERROR,
     errors.BadInput: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -194,6 +201,8 @@ def _framework(
 
 def _headers(error: FoldserveError) -> dict[str, str]:
     """`Retry-After` in whole seconds, where the error knows or a repetition is the remedy."""
+    if isinstance(error, errors.Unauthorized):
+        return {"WWW-Authenticate": 'Bearer realm="foldserve"'}
     wait = error.extra.get("retry_after")
     if wait is None and isinstance(error, errors.QueueFull | errors.NotLoaded):
         wait = 1

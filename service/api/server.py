@@ -11,7 +11,9 @@ import uvicorn
 
 from service.api.app import create_app
 from service.api.logs import configure
+from service.errors import StoreError
 from service.settings import Settings
+from service.store import Catalog
 
 log = structlog.get_logger("foldserve")
 
@@ -41,6 +43,8 @@ class _Server(uvicorn.Server):
 def run(settings: Settings) -> int:
     """Serve until a signal comes; returns the exit status (0 after an orderly end)."""
     configure(settings)
+    if settings.keys_required and not _has_key(settings):
+        return 1
     try:
         listening = _listen(settings)
     except OSError as error:
@@ -70,6 +74,29 @@ def run(settings: Settings) -> int:
     with listening:
         server.run(sockets=[listening])
     return 0 if server.started else 1
+
+
+def _has_key(settings: Settings) -> bool:
+    """Whether somebody could be let in; says what to do if not."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        catalog = Catalog(settings.effective_database_url)
+    except StoreError as error:
+        log.error("cannot start", reason=error.detail)
+        return False
+    try:
+        if catalog.keys.usable():
+            return True
+    finally:
+        catalog.close()
+    log.error(
+        "cannot start",
+        reason=f"On {settings.host} every request needs an API key, and there is none.",
+        remedy="Make one: foldserve keys create --name admin --scope read --scope predict "
+        "--scope write. Or listen on 127.0.0.1. To let in everybody who can reach the address, "
+        "set FOLDSERVE_AUTH=insecure-off.",
+    )
+    return False
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -12,6 +12,7 @@ from typing import Annotated, ParamSpec, TypeVar
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
+from service.api.keyring import Keyring
 from service.api.metrics import Metrics
 from service.hosting import Host
 from service.settings import Settings
@@ -33,6 +34,7 @@ class Service:
     host: Host
     worker: Worker
     decoders: ThreadPoolExecutor
+    keyring: Keyring
     started: float = field(default_factory=time.time)
     stopping: Event = field(default_factory=Event)
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import httpx
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from service.errors import FoldserveError
+from service.settings import Settings, explain
 
 out = Console()
 err = Console(stderr=True)
@@ -21,6 +23,16 @@ err = Console(stderr=True)
 def as_json(value: Any) -> None:
     """Print a value for programs."""
     typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def settings(**given: Any) -> Settings:
+    """The settings, options that are not None before the environment; exit status 2 if wrong."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        for line in explain(error):
+            err.print("[red]error[/red]:", line, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from service.store.blobs import BlobInfo, BlobRef, BlobStore, BlobWriter
 from service.store.catalog import Catalog, sqlite_url
+from service.store.keys import KeyRecord, Scope, key_id
 from service.store.names import check_model_name
 from service.store.records import (
     BenchmarkRecord,
@@ -24,10 +25,13 @@ __all__ = [
     "Catalog",
     "CheckpointRecord",
     "EventRecord",
+    "KeyRecord",
     "ModelRecord",
     "Page",
+    "Scope",
     "State",
     "VersionRecord",
     "check_model_name",
+    "key_id",
     "sqlite_url",
 ]

@@ -26,6 +26,7 @@ from service.errors import (
 )
 from service.store import jobs
 from service.store.database import open_engine, writing
+from service.store.keys import KeyTable
 from service.store.names import check_model_name, clean_filename
 from service.store.records import (
     BenchmarkRecord,
@@ -50,13 +51,14 @@ def sqlite_url(path: Path) -> str:
 
 
 class Catalog:
-    """Models, versions, events and benchmarks in one SQL database."""
+    """Models, versions, events and benchmarks in one SQL database; `keys` are its API keys."""
 
     def __init__(self, database_url: str) -> None:
         """Open `database_url` and bring its schema up to date."""
         with _database_errors():
             self._engine = open_engine(database_url)
         self._writing = writing(self._engine)
+        self.keys = KeyTable(self._reads, self._writes)
 
     def close(self) -> None:
         """Close every connection."""

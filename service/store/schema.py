@@ -3,6 +3,7 @@
     models ──< versions ──< artifacts      (kind -> blob)
                         ──< events         (append-only, numbered from 1 within the version)
                         ──< benchmarks     (append-only, the last one counts)
+    api_keys                               (hashed; a revoked key keeps its row)
 
 A deleted model keeps its row, because the row holds the counter that never lets a version number
 come back. Only types that SQLite and PostgreSQL share are used.
@@ -145,3 +146,15 @@ class BenchmarkRow(Base):
     version_id: Mapped[int] = mapped_column(ForeignKey("versions.id", ondelete="CASCADE"))
     result: Mapped[Json] = mapped_column(_Json)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
+
+
+class ApiKeyRow(Base):
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+    digest: Mapped[str] = mapped_column(String(64))
+    scopes: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

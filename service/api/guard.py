@@ -1,0 +1,235 @@
+"""Who is let in: the host name, the origin, the API key and the rate, before a route sees anything.
+
+Plain ASGI that reads the request's head alone, so a refusal costs microseconds and no body.
+
+Without keys a service on loopback is open to everything that runs on the machine, browsers
+included, and a browser runs strangers' pages. Two checks keep those out. A page that sends requests
+across sites is known by `Origin` and `Sec-Fetch-Site`, which scripts cannot forge. A page whose own
+name was pointed at this machine (DNS rebinding) is of the same origin, but cannot help sending its
+name as `Host`; an address or a name without a dot is not to be had by strangers.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.api import access, problems
+from service.api.encoding import json_bytes
+from service.api.keyring import Keyring
+from service.api.ratelimit import RateLimit
+from service.errors import (
+    FoldserveError,
+    Forbidden,
+    HostNotAllowed,
+    OriginNotAllowed,
+    Unauthorized,
+    UrlTooLong,
+)
+from service.settings import Settings
+from service.store import KeyRecord
+from service.store import Scope as KeyScope
+
+COOKIE = "foldserve_key"
+_WANTED = frozenset(
+    {b"host", b"origin", b"sec-fetch-site", b"authorization", b"x-api-key", b"cookie", b"accept"}
+)
+_CORS_REQUEST_HEADERS = (
+    "accept",
+    "authorization",
+    "content-type",
+    "inference-header-content-length",
+    "last-event-id",
+    "prefer",
+    "x-api-key",
+    "x-request-id",
+)
+_CORS_ANSWER_HEADERS = (
+    "etag",
+    "foldserve-version",
+    "inference-header-content-length",
+    "location",
+    "preference-applied",
+    "retry-after",
+    "x-request-id",
+)
+_SAFE = ("GET", "HEAD", "OPTIONS")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: the key, if one was needed and given, and whether the answer may hold data."""
+
+    key: KeyRecord | None
+    may_read: bool
+
+
+ANYONE = Caller(None, may_read=True)
+STRANGER = Caller(None, may_read=False)
+
+
+def cors(settings: Settings) -> dict[str, Any]:
+    """How starlette's CORS middleware opens the API to the pages of the named origins."""
+    return {
+        "allow_origins": settings.cors_origins,
+        "allow_methods": ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"),
+        "allow_headers": _CORS_REQUEST_HEADERS,
+        "expose_headers": _CORS_ANSWER_HEADERS,
+        "max_age": 600,
+    }
+
+
+class Guard:
+    """ASGI middleware; see the module."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, keyring: Keyring) -> None:
+        self._app = app
+        self._keyring = keyring
+        self._required = settings.keys_required
+        self._names = settings.allowed_hosts
+        self._check_host = bool(self._names) or not self._required
+        self._origins = frozenset(settings.cors_origins)
+        self._max_url = settings.max_url_bytes
+        limit = settings.rate_limit
+        self._rate = RateLimit(limit, settings.rate_limit_burst) if limit else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        head = {name: value for name, value in scope["headers"] if name in _WANTED}
+        try:
+            scope.setdefault("state", {})["caller"] = self._admit(scope, head)
+        except FoldserveError as error:
+            await _refusal(error, scope, head)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _admit(self, scope: Scope, head: dict[bytes, bytes]) -> Caller:
+        """The caller. Raises what the request is refused with."""
+        path, method = scope["path"], scope["method"]
+        length = len(scope["raw_path"]) + len(scope["query_string"])
+        if length > self._max_url:
+            raise UrlTooLong(f"Path and query have {length} bytes, of at most {self._max_url}.")
+        host = head.get(b"host", b"").decode("latin-1")
+        if self._check_host:
+            check_host(host, self._names)
+        if method not in _SAFE:
+            check_origin(host, head.get(b"origin"), head.get(b"sec-fetch-site"), self._origins)
+        wanted = access.needed(method, path)
+        caller = ANYONE
+        if self._required:
+            caller = self._identified(head, wanted, method, path)
+        if self._rate is not None and wanted is not None:
+            client = scope.get("client")
+            self._rate.take(caller.key.id if caller.key else client[0] if client else "")
+        return caller
+
+    def _identified(
+        self,
+        head: dict[bytes, bytes],
+        wanted: frozenset[KeyScope] | None,
+        method: str,
+        path: str,
+    ) -> Caller:
+        presented = _presented(head)
+        if presented is None:
+            if wanted is None:
+                return STRANGER
+            raise Unauthorized("The request carries no API key.")
+        try:
+            key = self._keyring.identify(presented)
+        except Unauthorized:
+            if wanted is None:
+                return STRANGER
+            raise
+        if wanted is not None and not wanted & key.scopes:
+            missing = sorted(wanted)
+            raise Forbidden(
+                f"{method} {path} needs the scope {' or '.join(missing)}; key {key.id} has "
+                f"{', '.join(sorted(key.scopes))}.",
+                required=missing,
+            )
+        return Caller(key, may_read=KeyScope.READ in key.scopes)
+
+
+def check_host(host: str, names: tuple[str, ...]) -> None:
+    """Raises HostNotAllowed for a `Host` by which a rebound name could have come.
+
+    Addresses and names without a dot pass (nobody can point them elsewhere), and what `names` list:
+    names, `*.name` for those below it, `*` for any.
+    """
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    name = name.lower().rstrip(".")
+    if "." not in name and ":" not in name:
+        return
+    for allowed in names:
+        if allowed in ("*", name) or (allowed.startswith("*.") and name.endswith(allowed[1:])):
+            return
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        raise HostNotAllowed(f"The request is for the host {host[:80]!r}.") from None
+
+
+def check_origin(
+    host: str, origin: bytes | None, site: bytes | None, allowed: frozenset[str]
+) -> None:
+    """Raises OriginNotAllowed when a browser says that another site's page asks.
+
+    `origin` and `site` are the headers `Origin` and `Sec-Fetch-Site`; programs send neither.
+    """
+    if site in (b"same-origin", b"none"):
+        return
+    if origin is None:
+        if site is not None:
+            raise OriginNotAllowed("The request comes from a page of another site.")
+        return
+    text = origin.decode("latin-1")
+    if text in allowed or (site is None and text.partition("://")[2] == host.lower()):
+        return
+    raise OriginNotAllowed(f"The request comes from a page of {text[:80]!r}.")
+
+
+def _presented(head: dict[bytes, bytes]) -> str | None:
+    """The key in a request's head: `Authorization`, `X-API-Key`, or the pages' cookie."""
+    if (given := head.get(b"authorization")) is not None:
+        kind, _, key = given.decode("latin-1").partition(" ")
+        return key.strip() if kind.lower() == "bearer" else ""
+    if (given := head.get(b"x-api-key")) is not None:
+        return given.decode("latin-1").strip()
+    if (given := head.get(b"cookie")) is not None:
+        return cookie_key(given.decode("latin-1"))
+    return None
+
+
+def cookie_key(header: str) -> str | None:
+    """The key in a `Cookie` header."""
+    for pair in header.split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name == COOKIE:
+            return value
+    return None
+
+
+def _refusal(error: FoldserveError, scope: Scope, head: dict[bytes, bytes]) -> Response:
+    """The answer in the form of the route's protocol; a person's browser is sent to the login."""
+    path: str = scope["path"]
+    if (
+        isinstance(error, Unauthorized)
+        and scope["method"] in ("GET", "HEAD")
+        and b"text/html" in head.get(b"accept", b"")
+        and not path.startswith(("/v1/", "/v2/"))
+    ):
+        return RedirectResponse(f"/login?next={quote(path)}", 303)
+    answer = problems.error_response(error, path)
+    if path == "/v2" or path.startswith("/v2/"):
+        headers = {k: v for k, v in answer.headers.items() if not k.startswith("content-")}
+        body = json_bytes({"error": f"{error.detail} {error.remedy}", "code": error.code()})
+        return Response(body, answer.status_code, headers, "application/json")
+    return answer
