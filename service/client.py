@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import random
 import re
 import time
@@ -42,6 +43,9 @@ Transferred = Callable[[int, int], None]
 """Told (bytes sent so far, bytes in all) while a file is uploaded."""
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+API_KEY_VARIABLE = "FOLDSERVE_API_KEY"
+"""The environment variable from which a client takes its API key if it is given none."""
+
 _NPY = "application/x-npy"
 _BUSY = frozenset({429, 503})
 _IMAGES = {b"\xff\xd8": "image/jpeg", b"\x89P": "image/png", b"RI": "image/webp"}
@@ -109,6 +113,12 @@ def model_name(path: str | Path) -> str:
     if not name:
         raise BadInput(f"{path} gives no model name.", remedy="Name the model.")
     return name
+
+
+def _key_header(api_key: str | None) -> dict[str, str]:
+    """The header that carries the key given, or else the environment's."""
+    key = api_key or os.environ.get(API_KEY_VARIABLE)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class _Operations:
@@ -198,6 +208,8 @@ class _Operations:
 class Client(_Operations):
     """The blocking client. `retries` is how often a busy answer is repeated.
 
+    `api_key` is by default what the environment variable `FOLDSERVE_API_KEY` holds.
+
     Raises the service's errors (`FoldserveError` kinds) and httpx's transport errors.
     """
 
@@ -205,12 +217,15 @@ class Client(_Operations):
         self,
         url: str = DEFAULT_URL,
         *,
+        api_key: str | None = None,
         timeout: float = 60.0,
         retries: int = 5,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._retries = retries
-        self._http = httpx.Client(base_url=url, timeout=timeout, transport=transport)
+        self._http = httpx.Client(
+            base_url=url, timeout=timeout, transport=transport, headers=_key_header(api_key)
+        )
 
     def upload(
         self,
@@ -382,12 +397,15 @@ class AsyncClient(_Operations):
         self,
         url: str = DEFAULT_URL,
         *,
+        api_key: str | None = None,
         timeout: float = 60.0,
         retries: int = 5,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._retries = retries
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, transport=transport)
+        self._http = httpx.AsyncClient(
+            base_url=url, timeout=timeout, transport=transport, headers=_key_header(api_key)
+        )
 
     async def upload(
         self,
