@@ -133,17 +133,17 @@ def _prepared(
     return Subject(full, prepared.run, prepared.describe().to_dict())
 
 
-def _eager(module: nn.Module) -> Callable[[Tensor], object]:
-    def run(batch: Tensor) -> object:
+def _eager(module: nn.Module) -> Callable[[tuple[Tensor, ...]], object]:
+    def run(batch: tuple[Tensor, ...]) -> object:
         with torch.inference_mode():
-            return module(batch)
+            return module(*batch)
 
     return run
 
 
-def _input(size: int) -> Callable[[int], Tensor]:
+def _input(size: int) -> Callable[[int], tuple[Tensor, ...]]:
     random = torch.Generator().manual_seed(0)
-    return lambda batch: torch.randn(batch, 3, size, size, generator=random)
+    return lambda batch: (torch.randn(batch, 3, size, size, generator=random),)
 
 
 def _parser() -> argparse.ArgumentParser:

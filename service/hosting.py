@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from service.bench import BenchPlan, Comparison, Subject, compare_in_steps
 from service.checkpoint import ReadLimits
@@ -40,8 +38,10 @@ from service.serving import (
     Precision,
     Prepared,
     Result,
+    Rows,
     RowSpec,
     backend_names,
+    random_rows,
 )
 from service.settings import Settings
 from service.store import BlobStore, Catalog, ModelRecord, State, VersionRecord
@@ -101,19 +101,25 @@ def worker_limits(settings: Settings) -> WorkerLimits:
 class Hosted:
     """A loaded version, with what a request needs to know about it.
 
-    `item_shape` is the shape of one input row; `labels` has one name per class if the upload gave
-    them; `preprocessing` is the config's object, or None for the defaults.
+    `inputs` and `outputs` say name, shape and dtype of a row of each; `labels` has one name per
+    class if the upload gave them; `preprocessing` is the config's object, or None for the defaults.
     """
 
     model: str
     version: int
-    item_shape: tuple[int, ...]
+    inputs: tuple[RowSpec, ...]
+    outputs: tuple[RowSpec, ...]
     labels: tuple[str, ...] | None
     preprocessing: dict[str, Any] | None
     models: ModelSet
 
-    async def predict(self, rows: NDArray[np.float32], form: Form) -> Result:
-        """Outputs for rows [N, *item_shape]. Raises what `ModelSet.predict` raises."""
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Shape of one row of the first input, which is the only one of most networks."""
+        return self.inputs[0].shape
+
+    async def predict(self, rows: Rows, form: Form) -> Result:
+        """Outputs for rows, as `Batcher.submit` takes them. Raises what `ModelSet.predict` does."""
         return await self.models.predict(self.model, rows, version=self.version, form=form)
 
 
@@ -275,12 +281,13 @@ class Host:
         if _ARTIFACTS["train"] in kinds:
             reads["train"] = lambda: self._read(name, number, "train")
         await self.models.load(name, number, reads, self._options(version))
-        shape = (await self.models.prepared(name, number)).item_shape
+        prepared = await self.models.prepared(name, number)
         labels = version.config.get("labels")
         self._hosted[name, number] = Hosted(
             model=name,
             version=number,
-            item_shape=tuple(shape),
+            inputs=prepared.inputs,
+            outputs=prepared.outputs,
             labels=tuple(labels) if labels else None,
             preprocessing=version.config.get("preprocessing"),
             models=self.models,
@@ -346,7 +353,7 @@ class Host:
             return compare_in_steps(
                 Subject("training form", train.run, train.describe().to_dict()),
                 Subject("deploy form", deploy.run, deploy.describe().to_dict()),
-                RowSpec(tuple(deploy.item_shape), deploy.dtype).random,
+                lambda size: random_rows(deploy.inputs, size),
                 plan,
             )
 

@@ -6,14 +6,12 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
 
 from service.api.state import Service
 from service.errors import NotLoaded
 from service.hosting import Hosted
-from service.serving import Form, Result, Timing
+from service.serving import Form, Result, Rows, Timing
 
 T = TypeVar("T")
 
@@ -37,7 +35,7 @@ async def find_hosted(
 
 
 async def compute(
-    service: Service, on: Hosted, version: int | None, rows: NDArray[np.float32], form: Form
+    service: Service, on: Hosted, version: int | None, rows: Rows, form: Form
 ) -> tuple[Hosted, Result]:
     """The outputs for `rows`, and the version that gave them: `on`, or its successor.
 

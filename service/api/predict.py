@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Query
@@ -25,8 +25,9 @@ from service.api.state import Service, of
 from service.api.uploads import ModelName
 from service.errors import BadInput, UnsupportedMediaType
 from service.hosting import Hosted
-from service.serving import Form, Result
+from service.serving import Form, Result, Rows
 
+T = TypeVar("T")
 router = APIRouter(route_class=DirectRoute, tags=["predict"])
 
 ARRAYS = "application/vnd.foldserve.arrays+json"
@@ -114,7 +115,14 @@ async def predict(request: Request) -> Response:
                     "schema": {
                         "type": "object",
                         "required": ["inputs"],
-                        "properties": {"inputs": {"type": "array", "items": {}}},
+                        "properties": {
+                            "inputs": {
+                                "oneOf": [
+                                    {"type": "array", "items": {}},
+                                    {"type": "object", "additionalProperties": {"type": "array"}},
+                                ]
+                            }
+                        },
                         "example": {"inputs": [[[[0.0, 0.5], [0.5, 1.0]]]]},
                     }
                 },
@@ -138,7 +146,8 @@ async def documented(
     """Classify images or run arrays.
 
     The body is one image, several images as multipart, one float32 npy array [N, C, H, W] (or one
-    row without N), or JSON `{"inputs": …}` of the same shape. Images are preprocessed as the
+    row without N), or JSON `{"inputs": …}` of the same shape. A network with several inputs takes
+    JSON `{"inputs": {name: …}}`. Images are preprocessed as the
     version's resource says; arrays are taken as they are. With `Accept: application/x-npy` the
     answer is one float32 array: outputs are flattened per row and concatenated when the network
     has several.
@@ -175,11 +184,25 @@ def _whole_number(query: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
-async def _rows(request: Request, service: Service, hosted: Hosted) -> NDArray[np.float32]:
-    """The request's rows [N, *item_shape] in float32."""
+def _is_plain(hosted: Hosted) -> bool:
+    """Whether the model takes one input of floating-point numbers, as images and npy bodies are."""
+    return len(hosted.inputs) == 1 and hosted.inputs[0].dtype.is_floating_point
+
+
+def _check_plain(hosted: Hosted) -> None:
+    if not _is_plain(hosted):
+        raise BadInput(
+            f"The model takes {', '.join(f'{s.name} ({s.dtype})' for s in hosted.inputs)}.",
+            remedy='Send JSON {"inputs": {name: nested lists}}.',
+        )
+
+
+async def _rows(request: Request, service: Service, hosted: Hosted) -> Rows:
+    """The request's rows: [N, *item_shape] in float32, or an array for each of several inputs."""
     settings = service.settings
     kind = media_type(request)
     if kind == "multipart/form-data":
+        _check_plain(hosted)
         files = await _image_parts(request, service)
         return await _decode(service, hosted, files)
     if kind not in _TYPES:
@@ -193,6 +216,9 @@ async def _rows(request: Request, service: Service, hosted: Hosted) -> NDArray[n
         else (settings.max_body_bytes, "FOLDSERVE_MAX_BODY_BYTES")
     )
     body = await whole(request, limit, settings.body_idle_seconds, name)
+    if kind == _JSON and not _is_plain(hosted):
+        return await _on_thread(service, tensors.named_from_json, body, hosted.inputs)
+    _check_plain(hosted)
     if kind == tensors.NPY:
         return tensors.from_npy(body, hosted.item_shape)
     if kind == _JSON:
@@ -242,11 +268,8 @@ async def _decode(service: Service, hosted: Hosted, files: list[bytearray]) -> N
     return rows[0][None] if len(rows) == 1 else np.stack(rows)
 
 
-async def _on_thread(service: Service, function: Any, *args: Any) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = await asyncio.get_running_loop().run_in_executor(
-        service.decoders, function, *args
-    )
-    return array
+async def _on_thread(service: Service, function: Callable[..., T], *args: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(service.decoders, function, *args)
 
 
 def _answer(request: Request, hosted: Hosted, asked: _Asked, result: Result) -> Response:

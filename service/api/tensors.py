@@ -18,6 +18,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from service.errors import BadInput
+from service.serving import RowSpec
 
 Floats = NDArray[np.float32]
 
@@ -29,6 +30,8 @@ _FIELD = (
     rb"|'shape':\((?P<shape>(?:[0-9]{1,18},){0,8}[0-9]{0,18})\))"
 )
 _HEADER = re.compile(rb"\{(?:%b(?:,|(?=\}))){3}\}" % _FIELD)
+_JSON_REMEDY = 'Send {"inputs": [...]} with numbers nested as the input shape says.'
+_NAMED_REMEDY = 'Send {"inputs": {name: [...]}} with every input of the model.'
 _REMEDY = "Send what numpy.save writes for one float32 array."
 
 
@@ -54,7 +57,12 @@ def from_npy(body: bytearray | bytes, item_shape: Sequence[int]) -> Floats:
 
 def from_json(body: bytearray | bytes, item_shape: Sequence[int]) -> Floats:
     """The array [N, *item_shape] of `{"inputs": nested lists of numbers}`. Raises BadInput."""
-    remedy = 'Send {"inputs": [...]} with numbers nested as the input shape says.'
+    array = _numbers(_inputs_field(body, _JSON_REMEDY))
+    _check_shape(array.shape, item_shape)
+    return _batch(array, item_shape)
+
+
+def _inputs_field(body: bytearray | bytes, remedy: str) -> Any:
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -64,14 +72,53 @@ def from_json(body: bytearray | bytes, item_shape: Sequence[int]) -> Floats:
     unknown = sorted(set(data) - {"inputs"})
     if unknown:
         raise BadInput(f"The JSON body holds an unknown field {unknown[0]!r}.", remedy=remedy)
+    return data["inputs"]
+
+
+def _numbers(nested: Any, kinds: str = "fiu") -> NDArray[Any]:
+    """Nested lists as an array whose NumPy kind is one of `kinds`."""
     try:
-        array = np.asarray(data["inputs"])
+        array = np.asarray(nested)
     except ValueError:
-        raise BadInput("`inputs` is ragged: its lists differ in length.", remedy=remedy) from None
-    if array.dtype.kind not in "fiu":
-        raise BadInput("`inputs` holds something that is not a number.", remedy=remedy)
-    _check_shape(array.shape, item_shape)
-    return _batch(array, item_shape)
+        raise BadInput(
+            "`inputs` is ragged: its lists differ in length.", remedy=_JSON_REMEDY
+        ) from None
+    if array.dtype.kind not in kinds:
+        raise BadInput(
+            "`inputs` holds something that is not a number of the model's type.",
+            remedy=_JSON_REMEDY,
+        )
+    return array
+
+
+def named_from_json(body: bytearray | bytes, inputs: Sequence[RowSpec]) -> dict[str, NDArray[Any]]:
+    """An array [N, *shape] for each input, of `{"inputs": {name: nested lists}}`. Raises BadInput.
+
+    A network's only input needs no name.
+    """
+    given = _inputs_field(body, _NAMED_REMEDY)
+    if not isinstance(given, dict):
+        given = {inputs[0].name if len(inputs) == 1 else "": given}
+    names = [spec.name for spec in inputs]
+    if set(given) != set(names):
+        raise BadInput(
+            f"`inputs` names {sorted(given)[:16]}; the model takes {names[:16]}.",
+            remedy=_NAMED_REMEDY,
+        )
+    return {spec.name: _typed(given[spec.name], spec) for spec in inputs}
+
+
+def _typed(nested: Any, spec: RowSpec) -> NDArray[Any]:
+    """The numbers with their batch axis in the type of `spec`, if none is changed by that."""
+    array = _numbers(nested, "fiu" if spec.dtype.is_floating_point else "iub")
+    _check_shape(array.shape, spec.shape)
+    if spec.dtype.is_floating_point:
+        return _batch(array, spec.shape)
+    wanted = np.dtype(str(spec.dtype).removeprefix("torch."))
+    typed = array.astype(wanted)
+    if not np.array_equal(typed, array):
+        raise BadInput(f"{spec.name} holds a number that {wanted} does not have.")
+    return typed.reshape(-1, *spec.shape)
 
 
 def to_npy(array: NDArray[Any]) -> bytes:

@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from service.bench.measure import rounds
 from service.bench.verdict import BatchComparison, BenchPlan, judge
@@ -27,7 +26,7 @@ class Subject:
     """One side: its name, what runs a batch to its end, and how (device, backend, precision, …)."""
 
     name: str
-    run: Callable[[Tensor], object]
+    run: Callable[[Any], object]
     description: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,7 +60,7 @@ class Comparison:
 def compare(
     baseline: Subject,
     candidate: Subject,
-    make_input: Callable[[int], Tensor],
+    make_input: Callable[[int], Any],
     plan: BenchPlan | None = None,
 ) -> Comparison:
     """Measure `candidate` against `baseline` on `make_input(batch_size)`, in this thread."""
@@ -77,7 +76,7 @@ def compare(
 def compare_in_steps(
     baseline: Subject,
     candidate: Subject,
-    make_input: Callable[[int], Tensor],
+    make_input: Callable[[int], Any],
     plan: BenchPlan | None = None,
 ) -> Generator[None, None, Comparison]:
     """`compare`, giving way after every sample, so that a busy device can serve in between."""
@@ -110,7 +109,7 @@ def compare_in_steps(
     )
 
 
-def _bind(subject: Subject, rows: Tensor) -> Callable[[], object]:
+def _bind(subject: Subject, rows: Any) -> Callable[[], object]:
     return lambda: subject.run(rows)
 
 

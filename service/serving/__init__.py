@@ -9,11 +9,12 @@ from service.serving.backends import (
     backend_named,
     backend_names,
     powers_of_two,
+    random_rows,
 )
 from service.serving.batcher import Batcher, BatcherStats, BatchLimits
 from service.serving.device import DeviceThread, available_cpus
 from service.serving.models import ModelSet, ModelSetLimits
-from service.serving.request import Result, Timing
+from service.serving.request import Result, Rows, Timing
 from service.serving.runner import Form, LoadedModel, LoadOptions, ModelKey
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "Prepared",
     "Result",
     "RowSpec",
+    "Rows",
     "Timing",
     "available_cpus",
     "backend_named",
     "backend_names",
     "powers_of_two",
+    "random_rows",
 ]

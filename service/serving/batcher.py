@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from service.errors import BackendFailed, BadInput, DeadlineExceeded, NotLoaded, QueueFull
 from service.serving.backends.base import Prepared
+from service.serving.backends.rows import RowSpec
 from service.serving.device import DeviceThread, hand_over
-from service.serving.request import Request, Result, Slice, monotonic
+from service.serving.request import Column, Request, Result, Rows, Slice, monotonic
 
 Answer = tuple[Request, Result | Exception]
 
@@ -83,8 +84,7 @@ class Batcher:
         self.limits = limits or BatchLimits()
         self._device = device
         self._largest = prepared.batch_sizes[-1]
-        self._item_shape = tuple(prepared.item_shape)
-        self._dtype = prepared.dtype
+        self._inputs = prepared.inputs
         self._lock = threading.Lock()
         self._waiting: deque[Request] = deque()
         self._waiting_rows = 0
@@ -97,22 +97,24 @@ class Batcher:
         self._seconds_per_row = 0.0
         self._last_finish = 0.0
 
-    async def submit(self, rows: Tensor | NDArray[Any], deadline: float | None = None) -> Result:
-        """Outputs for `rows` [N, *item_shape], N >= 1, each output [N, ...] in the same order.
+    async def submit(self, rows: Rows, deadline: float | None = None) -> Result:
+        """Outputs for `rows`, N >= 1 of them, each output [N, ...] in the same order.
 
+        `rows` is one array [N, *shape] for a program with one input; for several it is one for each
+        of them, a tuple in the program's order or a mapping by name.
         `deadline` is a `time.monotonic` moment after which waiting is pointless. The rows must not
         be changed until the answer came. Cancelling the caller drops rows that still wait. Raises
         BadInput for a wrong shape or type, QueueFull (with `retry_after` seconds) when too many
         rows wait, DeadlineExceeded, BackendFailed if these very rows make the model fail, and
         NotLoaded while the model is being unloaded.
         """
-        tensor = self._checked(rows)
+        columns = self._checked(rows)
         now = monotonic()
         if deadline is None:
             deadline = now + self.limits.request_seconds
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        request = Request(tensor, future, deadline, now)
+        request = Request(columns, future, deadline, now)
         self._enqueue(request)
         request.timer = loop.call_later(deadline - now, self._expire, request)
         try:
@@ -157,23 +159,18 @@ class Batcher:
         while self._scheduled:
             await self._device.call(_nothing)  # comes back behind the turn that is under way
 
-    def _checked(self, rows: Tensor | NDArray[Any]) -> Tensor:
-        tensor = rows if isinstance(rows, Tensor) else _as_tensor(rows)
-        if tuple(tensor.shape[1:]) != self._item_shape or tensor.dim() == 0 or not len(tensor):
+    def _checked(self, rows: Rows) -> tuple[Tensor, ...]:
+        given = in_order((rows,) if isinstance(rows, np.ndarray | Tensor) else rows, self._inputs)
+        columns = tuple(map(_column, given, self._inputs))
+        count = len(columns[0])
+        if any(len(column) != count for column in columns):
+            raise BadInput(f"The inputs differ in rows: {[len(column) for column in columns]}.")
+        if count > self.limits.queue_rows:
             raise BadInput(
-                f"The input has shape {list(tensor.shape)}; the model takes "
-                f"[N, {', '.join(map(str, self._item_shape))}] with N >= 1.",
-                expected=["N", *self._item_shape],
-                got=list(tensor.shape),
-            )
-        if tensor.dtype != self._dtype:
-            raise BadInput(f"The input is {tensor.dtype}; the model takes {self._dtype}.")
-        if len(tensor) > self.limits.queue_rows:
-            raise BadInput(
-                f"The request has {len(tensor)} rows; at most {self.limits.queue_rows} can wait.",
+                f"The request has {count} rows; at most {self.limits.queue_rows} can wait.",
                 remedy="Send fewer rows at a time, or raise the queue's size.",
             )
-        return tensor
+        return columns
 
     def _enqueue(self, request: Request) -> None:
         with self._lock:
@@ -292,17 +289,21 @@ class Batcher:
 
     def _run(self, batch: list[Slice]) -> list[Answer]:
         start = monotonic()
-        rows = batch[0].rows if len(batch) == 1 else torch.cat([one.rows for one in batch])
+        sizes = [len(one) for one in batch]
+        count = sum(sizes)
+        if len(batch) == 1:
+            rows = batch[0].rows
+        else:
+            rows = tuple(torch.cat(c) for c in zip(*(one.rows for one in batch), strict=True))
         outputs = self.prepared.run(rows)
         finish = monotonic()
-        if any(output.dim() == 0 or len(output) != len(rows) for output in outputs):
+        if any(output.dim() == 0 or len(output) != count for output in outputs):
             raise BackendFailed("An output does not have one row for each row of the input.")
-        self._record(len(rows), start, finish, batch[0].request.arrived)
-        sizes = [one.stop - one.start for one in batch]
+        self._record(count, start, finish, batch[0].request.arrived)
         pieces = zip(*(torch.split(output, sizes) for output in outputs), strict=True)
         answers: list[Answer] = []
         for one, piece in zip(batch, pieces, strict=True):
-            result = one.request.add(piece, finish - start, len(rows))
+            result = one.request.add(piece, finish - start, count)
             if result is not None:
                 answers.append((one.request, result))
         return answers
@@ -354,6 +355,42 @@ class Batcher:
         with self._lock:
             self._counts["answered"] += answered
             self._counts["failed"] += failed
+
+
+def in_order(
+    rows: tuple[Column, ...] | Mapping[str, Column], inputs: Sequence[RowSpec]
+) -> tuple[Column, ...]:
+    """One array for each input. Raises BadInput when one is missing or is not known."""
+    names = [spec.name for spec in inputs]
+    if isinstance(rows, Mapping):
+        if set(rows) != set(names):
+            raise BadInput(
+                f"The request names the inputs {sorted(map(str, rows))[:16]}; "
+                f"the model takes {names[:16]}.",
+                remedy="Send every input once, by its name.",
+            )
+        return tuple(rows[name] for name in names)
+    if len(rows) != len(names):
+        raise BadInput(
+            f"The request has {len(rows)} inputs; the model takes {len(names)}: {names[:16]}.",
+            remedy="Send every input, by its name or in this order.",
+        )
+    return rows
+
+
+def _column(rows: Column, spec: RowSpec) -> Tensor:
+    """`rows` as a tensor, if it has the shape [N, *spec.shape] and the type that `spec` says."""
+    tensor = rows if isinstance(rows, Tensor) else _as_tensor(rows)
+    if tuple(tensor.shape[1:]) != spec.shape or tensor.dim() == 0 or not len(tensor):
+        raise BadInput(
+            f"The input {spec.name} has shape {list(tensor.shape)}; the model takes "
+            f"[{', '.join(['N', *map(str, spec.shape)])}] with N >= 1.",
+            expected=["N", *spec.shape],
+            got=list(tensor.shape),
+        )
+    if tensor.dtype != spec.dtype:
+        raise BadInput(f"The input {spec.name} is {tensor.dtype}; the model takes {spec.dtype}.")
+    return tensor
 
 
 def _as_tensor(rows: NDArray[Any]) -> Tensor:

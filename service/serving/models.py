@@ -7,17 +7,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import TypeVar
 
 from service.errors import FormNotAvailable, NotLoaded
 from service.graph import Program
 from service.serving.backends import Prepared
 from service.serving.batcher import BatchLimits
 from service.serving.device import DeviceThread
-from service.serving.request import Result
+from service.serving.request import Result, Rows
 from service.serving.runner import (
     Form,
     LoadedModel,
@@ -121,13 +118,13 @@ class ModelSet:
     async def predict(
         self,
         model: str,
-        rows: Tensor | NDArray[Any],
+        rows: Rows,
         *,
         version: int | None = None,
         form: Form = "deploy",
         deadline: float | None = None,
     ) -> Result:
-        """Outputs for `rows` [N, *item_shape]; `deadline` is a `time.monotonic` moment.
+        """Outputs for `rows`, as `Batcher.submit` takes them, before the moment `deadline`.
 
         Raises NotLoaded, FormNotAvailable, and what `Batcher.submit` raises.
         """

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+Column: TypeAlias = "Tensor | NDArray[Any]"
+Rows: TypeAlias = "Column | tuple[Column, ...] | Mapping[str, Column]"
+"""Rows of a request: one array [N, ...] where the program has one input, else one for each input,
+in order or by name."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,10 @@ class Result:
 
 
 class Request:
-    """Rows [N, ...] waiting for their outputs. The batcher's lock guards `taken` and `gone`."""
+    """Rows waiting for their outputs: `rows` has [N, ...] for each input.
+
+    The batcher's lock guards `taken` and `gone`.
+    """
 
     __slots__ = (
         "arrived",
@@ -64,7 +73,11 @@ class Request:
     )
 
     def __init__(
-        self, rows: Tensor, future: asyncio.Future[Result], deadline: float, now: float
+        self,
+        rows: tuple[Tensor, ...],
+        future: asyncio.Future[Result],
+        deadline: float,
+        now: float,
     ) -> None:
         self.rows = rows
         self.future = future
@@ -81,7 +94,7 @@ class Request:
         self.parts: list[tuple[Tensor, ...]] = []
 
     def __len__(self) -> int:
-        return self.rows.shape[0]
+        return self.rows[0].shape[0]
 
     @property
     def waiting(self) -> int:
@@ -119,11 +132,14 @@ class Slice:
     stop: int
 
     @property
-    def rows(self) -> Tensor:
+    def rows(self) -> tuple[Tensor, ...]:
         whole = self.request.rows
-        return (
-            whole if self.stop - self.start == len(self.request) else whole[self.start : self.stop]
-        )
+        if self.stop - self.start == len(self.request):
+            return whole
+        return tuple(column[self.start : self.stop] for column in whole)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 def monotonic() -> float:

@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from service.api import images
+from service.graph import save_program
 from tests.api import tiny
 from tests.api.problem import problem
 from tests.running import RunningServer
+from tests.serving import pair
 
 NPY = {"Content-Type": tiny.NPY, "Accept": tiny.NPY}
 CLOSE = 1e-4
@@ -273,3 +275,46 @@ def test_a_request_may_ask_where_its_time_went(http: httpx.Client, model: str) -
     assert batch == 'batch;desc="2 rows"'
     assert "server-timing" not in http.post(path, content=body, headers=NPY).headers
     problem(http.post(path, params={"timing": "1"}, content=body, headers=NPY), 422, "bad_input")
+
+
+@pytest.fixture(scope="module")
+def pair_model(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a model with two inputs and three outputs."""
+    path = tmp_path_factory.mktemp("pair") / "pair.bundle"
+    save_program(pair.program(), path)
+    answer = httpx.post(
+        f"{server.url}/v1/models/pair/versions",
+        files={"checkpoint": ("pair.bundle", path.read_bytes())},
+        headers={"Prefer": "wait=100"},
+        timeout=120,
+    )
+    assert answer.status_code == 201, answer.text
+    return "pair"
+
+
+def test_several_inputs_go_by_name(http: httpx.Client, pair_model: str) -> None:
+    x, y = pair.rows(1, 5, 2)
+    body = {"inputs": {"input_1": y.tolist(), "input_0": x.tolist()}}
+    answer = http.post(f"/v1/models/{pair_model}/predict", json=body)
+    assert answer.status_code == 200, answer.text
+    scaled, more, large = answer.json()["outputs"]
+    assert (scaled["shape"], more["shape"], large["shape"]) == ([3, 2, 4, 4], [3], [3])
+    assert more["data"] == [2, 6, 3]
+    assert large["data"] == [False, True, False]
+    assert np.array_equal(scaled["data"], (x * y[:, None, None, None]).numpy())
+
+
+def test_several_inputs_that_do_not_fit_are_refused(http: httpx.Client, pair_model: str) -> None:
+    url = f"/v1/models/{pair_model}/predict"
+    x, y = (column.tolist() for column in pair.rows(1))
+    for inputs, word in (
+        (x, "input_1"),
+        ({"input_0": x}, "input_1"),
+        ({"input_0": x, "input_1": y, "z": y}, "z"),
+        ({"input_0": x, "input_1": [0.5]}, "type"),
+        ({"input_0": x, "input_1": [1, 2]}, "rows"),
+    ):
+        refused = problem(http.post(url, json={"inputs": inputs}), 422, "bad_input")
+        assert word in refused["detail"]
+    array = http.post(url, content=tiny.npy(np.ones((1, 2, 4, 4), np.float32)), headers=NPY)
+    assert "input_1 (torch.int64)" in problem(array, 422, "bad_input")["detail"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from service.serving import Description
+from service.serving import Description, RowSpec
 
 POISON = -1.0
 
@@ -28,8 +28,11 @@ class Doubler:
         pause: Callable[[], float] = lambda: 0.0,
         mix_rows: bool = False,
     ) -> None:
-        self.item_shape = (width,)
-        self.dtype = torch.float32
+        self.inputs = (RowSpec("input_0", (width,), torch.float32),)
+        self.outputs = (
+            RowSpec("output_0", (width,), torch.float32),
+            RowSpec("output_1", (), torch.float32),
+        )
         self.batch_sizes = tuple(sorted({1, largest}))
         self.gate = threading.Event()
         self.gate.set()
@@ -41,7 +44,8 @@ class Doubler:
         self._pause = pause
         self._mix_rows = mix_rows
 
-    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (batch,) = inputs
         self.threads.add(threading.current_thread().name)
         self.runs.append(batch[:, 0].tolist())
         self.started.set()

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from service.errors import BackendFailed, BadInput, DeadlineExceeded, NotLoaded, QueueFull
-from service.serving import Batcher, BatchLimits, DeviceThread, Result
+from service.serving import Batcher, BatchLimits, DeviceThread, Prepared, Result, backend_named
 
+from . import pair
 from .fakes import POISON, Doubler, rows
 
 
@@ -255,7 +256,7 @@ def test_the_rest_of_a_split_request_does_not_run_after_its_failure(device: Devi
 
 def test_outputs_without_a_row_for_each_row_are_a_failure(device: DeviceThread) -> None:
     fake = Doubler()
-    fake.run = lambda batch: (batch.sum(),)  # type: ignore[method-assign]
+    fake.run = lambda batch: (batch[0].sum(),)  # type: ignore[method-assign]
 
     async def scenario() -> None:
         batcher = Batcher(fake, device)
@@ -291,6 +292,56 @@ def test_wrong_shapes_and_types_never_reach_the_device(
 
     asyncio.run(scenario())
     assert fake.runs == []
+
+
+@pytest.fixture(scope="module")
+def several() -> Prepared:
+    prepared = backend_named("torch").prepare(pair.program(), "cpu", "float32", (1, 4))
+    list(prepared.warm())
+    return prepared
+
+
+def test_several_inputs_go_by_order_or_name_and_nobody_is_mixed_up(
+    device: DeviceThread, several: Prepared
+) -> None:
+    async def scenario() -> None:
+        batcher = Batcher(several, device)
+        labels = [(1, 5), (2,), (3, 4, 6, 7, 8), (9,)]
+        rows = [pair.rows(*each) for each in labels]
+        named = [dict(zip(("input_1", "input_0"), each[::-1], strict=True)) for each in rows]
+        asked = [batcher.submit(each) for pairs in zip(rows, named, strict=True) for each in pairs]
+        results = await asyncio.gather(*asked)
+        assert batcher.stats().batches < 8  # some shared a batch
+        for own, first, second in zip(labels, results[::2], results[1::2], strict=True):
+            assert pair.is_answer(first.outputs, *own)
+            assert pair.is_answer(second.outputs, *own)
+        await batcher.close()
+
+    asyncio.run(scenario())
+
+
+def test_several_inputs_that_do_not_fit_are_refused(
+    device: DeviceThread, several: Prepared
+) -> None:
+    x, y = pair.rows(1, 2)
+
+    async def scenario() -> None:
+        batcher = Batcher(several, device)
+        for wrong, word in (
+            (x, "2: "),
+            ((x, y, y), "3 inputs"),
+            ((y, x), "input_0 has shape"),
+            ((x, y[:1]), "differ in rows"),
+            ((x, y.float()), "input_1 is torch.float32"),
+            ({"input_0": x}, "names the inputs"),
+            ({"input_0": x, "y": y}, "names the inputs"),
+        ):
+            with pytest.raises(BadInput, match=word):
+                await batcher.submit(wrong)
+        assert batcher.stats().batches == 0
+        await batcher.close()
+
+    asyncio.run(scenario())
 
 
 def test_read_only_and_strided_arrays_are_accepted(device: DeviceThread) -> None:
@@ -376,7 +427,7 @@ def test_two_models_take_turns_on_one_device(device: DeviceThread) -> None:
         fake = Doubler(largest=1)
         plain = fake.run
 
-        def run(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def run(batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             order.append(name)
             return plain(batch)
 

@@ -71,7 +71,7 @@ def test_a_loaded_version_answers_and_is_described(programs: list[Program]) -> N
         assert models.weight_bytes == 12
         assert models.loaded()[0].stats.answered == 2
         prepared = await models.prepared("m")
-        assert prepared.item_shape == (3,)
+        assert [spec.shape for spec in prepared.inputs] == [(3,)]
         await models.close()
         assert models.loaded() == ()
 
@@ -243,7 +243,7 @@ def _work(
     def work(prepared: Mapping[Form, Prepared]) -> Generator[None, None, str]:
         for _ in range(steps):
             time.sleep(0.02)
-            prepared["train"].run(torch.ones(1, 3))
+            prepared["train"].run((torch.ones(1, 3),))
             log.append("step")
             yield
         return ",".join(sorted(prepared))

@@ -2,7 +2,7 @@
 
 from service.serving.backends.base import Backend, Description, Precision, Prepared
 from service.serving.backends.registry import backend_named, backend_names
-from service.serving.backends.rows import RowSpec, powers_of_two
+from service.serving.backends.rows import RowSpec, powers_of_two, random_rows
 
 __all__ = [
     "Backend",
@@ -13,4 +13,5 @@ __all__ = [
     "backend_named",
     "backend_names",
     "powers_of_two",
+    "random_rows",
 ]

@@ -14,7 +14,7 @@ from service.errors import BackendFailed
 from service.graph import Program
 from service.serving.backends.base import Backend, Description, Precision, Prepared
 from service.serving.backends.choose import fastest
-from service.serving.backends.rows import checked_sizes, row_spec
+from service.serving.backends.rows import checked_sizes, random_rows
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +65,12 @@ class AutoBackend:
         exact = precision == "float32"
         reference = first if exact else default.prepare(program, device, "float32", batch_sizes)
         key = f"{structure(program)} {device} {precision} {sorted(prepared)} {max(batch_sizes)}"
-        return _Auto(
-            program, precision, batch_sizes, prepared, reference, notes, self._choices, key
-        )
+        return _Auto(precision, batch_sizes, prepared, reference, notes, self._choices, key)
 
 
 class _Auto:
     def __init__(
         self,
-        program: Program,
         precision: Precision,
         batch_sizes: Sequence[int],
         candidates: dict[str, Prepared],
@@ -82,7 +79,6 @@ class _Auto:
         choices: dict[str, str],
         key: str,
     ) -> None:
-        self.spec = row_spec(program)
         self.batch_sizes = checked_sizes(batch_sizes)
         self._tolerance = TOLERANCES[precision]
         self._candidates = candidates
@@ -90,14 +86,7 @@ class _Auto:
         self._notes = tuple(notes)
         self._choices, self._key = choices, key
         self._chosen = next(iter(candidates.values()))
-
-    @property
-    def item_shape(self) -> tuple[int, ...]:
-        return self.spec.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.spec.dtype
+        self.inputs, self.outputs = self._chosen.inputs, self._chosen.outputs
 
     def warm(self) -> Iterator[None]:
         """Warm every candidate, drop those that disagree, measure the rest, keep one."""
@@ -121,8 +110,8 @@ class _Auto:
         if self._reference is not self._chosen:
             self._reference.close()
 
-    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Outputs for `batch` [N, *item_shape], N up to the largest prepared size."""
+    def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs for a batch of at most the largest prepared size."""
         return self._chosen.run(batch)
 
     def describe(self) -> Description:
@@ -135,7 +124,7 @@ class _Auto:
 
     def _check(self, name: str) -> None:
         """Raises BackendFailed when a candidate's outputs are not those of the reference."""
-        batch = self.spec.random(min(PROBE_ROWS, self.batch_sizes[-1]), seed=1)
+        batch = random_rows(self.inputs, min(PROBE_ROWS, self.batch_sizes[-1]), seed=1)
         expected, got = self._reference.run(batch), self._candidates[name].run(batch)
         for truth, answer in zip(expected, got, strict=True):
             difference = relative_difference(truth, answer)
@@ -148,7 +137,8 @@ class _Auto:
     def _measure(self) -> Generator[None, None, str]:
         sizes = sorted({1, min(PROBE_ROWS, self.batch_sizes[-1])})
         runs = {name: candidate.run for name, candidate in self._candidates.items()}
-        name, relative = yield from fastest(runs, [self.spec.random(size) for size in sizes])
+        batches = [random_rows(self.inputs, size) for size in sizes]
+        name, relative = yield from fastest(runs, batches)
         default, *others = runs
         self._notes += tuple(f"{other} took {relative[other]:.2f} of {default}" for other in others)
         return name

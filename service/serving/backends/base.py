@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor
 
     from service.graph import Program
+    from service.serving.backends.rows import RowSpec
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
@@ -42,15 +43,15 @@ class Description:
 class Prepared(Protocol):
     """A program on its device; made by any thread, then warmed and used by one alone.
 
-    `item_shape` is the shape of one row (without the batch axis) and `dtype` the type that rows
-    must have. `batch_sizes` ascend; `run` takes any number of rows up to the last of them.
+    `inputs` and `outputs` say name, shape and dtype of one row of each. `batch_sizes` ascend; `run`
+    takes any number of rows up to the last of them.
     """
 
     @property
-    def item_shape(self) -> tuple[int, ...]: ...
+    def inputs(self) -> tuple[RowSpec, ...]: ...
 
     @property
-    def dtype(self) -> dtype: ...
+    def outputs(self) -> tuple[RowSpec, ...]: ...
 
     @property
     def batch_sizes(self) -> tuple[int, ...]: ...
@@ -63,8 +64,10 @@ class Prepared(Protocol):
         """
         ...
 
-    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of `batch` [N, *item_shape] on the CPU, each [N, ...] float32 if floating.
+    def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs of a batch on the CPU, each [N, ...] float32 if floating.
+
+        `batch` has one tensor [N, *shape] for each of `inputs`, in their order.
 
         The caller owns them: a later run never overwrites them.
         """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TypeVar
 
-from torch import Tensor
+Batch = TypeVar("Batch")
 
 
 def fastest(
-    candidates: Mapping[str, Callable[[Tensor], object]],
-    batches: Sequence[Tensor],
+    candidates: Mapping[str, Callable[[Batch], object]],
+    batches: Sequence[Batch],
     *,
     rounds: int = 5,
     margin: float = 0.02,

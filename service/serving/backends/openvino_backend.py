@@ -23,9 +23,8 @@ from service.errors import BackendFailed
 from service.graph import Program, ProgramModule
 from service.serving.backends.base import Description, Precision, Prepared
 from service.serving.backends.rows import (
-    as_outputs,
     checked_sizes,
-    row_spec,
+    signature,
     warm_up,
 )
 from service.serving.backends.torch_cpu import cpu_name
@@ -68,7 +67,8 @@ class OpenVinoBackend:
 
 class _OpenVino:
     def __init__(self, program: Program, precision: Precision, batch_sizes: Sequence[int]) -> None:
-        self.spec = row_spec(program)
+        rows = signature(program)
+        self.inputs, self.outputs = rows.inputs, rows.outputs
         self.batch_sizes = checked_sizes(batch_sizes)
         self._precision = precision
         self._bytes = program.weight_bytes
@@ -80,14 +80,6 @@ class _OpenVino:
         self._together: Any = None
         self._apart: list[Any] = []
 
-    @property
-    def item_shape(self) -> tuple[int, ...]:
-        return self.spec.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.spec.dtype
-
     def warm(self) -> Iterator[None]:
         """Compile for this thread's number of CPU threads, then run every prepared size."""
         self._streams = torch.get_num_threads()
@@ -97,22 +89,23 @@ class _OpenVino:
             self._apart = self._requests("THROUGHPUT", self._streams)
             yield
         self._model = None  # compiled: the graph and its copy of the weights are not needed
-        yield from warm_up(self, self.spec)
+        yield from warm_up(self)
 
-    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Outputs for `batch` [N, *item_shape], N up to the largest prepared size."""
+    def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs for a batch of at most the largest prepared size."""
         if self._together is None:
             raise BackendFailed("The program is not warm, or was unloaded.")
-        rows = batch.contiguous()
-        if not self._apart or len(rows) < self._streams:
-            self._together.infer([rows.numpy()], share_inputs=True)
-            return _outputs([self._together])
-        pieces = [piece.numpy() for piece in torch.tensor_split(rows, self._streams)]
+        rows = [column.contiguous() for column in batch]
+        if not self._apart or len(rows[0]) < self._streams:
+            self._together.infer([column.numpy() for column in rows], share_inputs=True)
+            return self._answers([self._together])
+        cut = [torch.tensor_split(column, self._streams) for column in rows]
+        pieces = [[part.numpy() for part in parts] for parts in zip(*cut, strict=True)]
         started: list[Any] = []
         errors: list[Exception] = []
         try:
             for request, piece in zip(self._apart, pieces, strict=True):
-                request.start_async([piece], share_inputs=True)
+                request.start_async(piece, share_inputs=True)
                 started.append(request)
         finally:  # whatever failed, none may still run when its rows are gone
             for request in started:
@@ -122,7 +115,7 @@ class _OpenVino:
                     errors.append(error)
         if errors:
             raise errors[0]
-        return _outputs(self._apart)
+        return self._answers(self._apart)
 
     def describe(self) -> Description:
         layout = f"{self._streams} x 1 thread" if self._apart else f"1 x {self._streams} threads"
@@ -141,6 +134,15 @@ class _OpenVino:
     def close(self) -> None:
         self._model = self._together = None
         self._apart = []
+
+    def _answers(self, requests: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The requests' outputs joined by rows; copied, because a request reuses its memory."""
+        joined = []
+        for index, spec in enumerate(self.outputs):
+            parts = [torch.from_numpy(r.get_output_tensor(index).data) for r in requests]
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+            joined.append(whole.to(spec.dtype))  # it has no type of its own for truth values
+        return tuple(joined)
 
     def _requests(self, mode: str, count: int) -> list[Any]:
         # Said outright, because on some processors OpenVINO's own choice is bfloat16.
@@ -165,26 +167,16 @@ def _openvino() -> Any:
     return import_module("openvino")
 
 
-def _outputs(requests: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The requests' outputs joined by rows; copied, because a request reuses its memory."""
-    count = len(requests[0].model_outputs)
-    parts = [
-        [torch.from_numpy(request.get_output_tensor(index).data) for request in requests]
-        for index in range(count)
-    ]
-    return as_outputs([torch.cat(part) if len(part) > 1 else part[0].clone() for part in parts])
-
-
 def _converted(program: Program) -> Any:
     float32 = program.to("float32")
-    spec = float32.inputs[0]
-    example = torch.zeros(spec.sized(2), dtype=getattr(torch, spec.dtype))
+    example = tuple(
+        torch.zeros(spec.sized(2), dtype=getattr(torch, spec.dtype)) for spec in float32.inputs
+    )
     batch = Dim("batch", min=1, max=1 << 16)
+    shapes = tuple({0: batch} for _ in example)
     try:
         with _EXPORTING:
-            exported = export(
-                ProgramModule(float32), (example,), dynamic_shapes={"inputs": ({0: batch},)}
-            )
+            exported = export(ProgramModule(float32), example, dynamic_shapes={"inputs": shapes})
         return _openvino().convert_model(exported)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

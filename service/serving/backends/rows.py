@@ -1,4 +1,4 @@
-"""What every backend needs to know about a program's single input and its outputs."""
+"""What every backend needs to know about the rows that go into a program and come out of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from service.errors import BackendFailed
 from service.graph import Program
+from service.graph.program import TensorSpec
 from service.serving.backends.base import Precision, Prepared
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """Shape of one input row, and the dtype in which callers send it (floating: float32)."""
+    """An input or an output: its name, the shape of one row, and the dtype in which callers send or
+    get it (floating: float32)."""
 
+    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -29,20 +32,45 @@ class RowSpec:
         return torch.randint(0, 2, shape, generator=random).to(self.dtype)
 
 
-def row_spec(program: Program) -> RowSpec:
-    """The rows that `program` takes. Raises BackendFailed unless it can be served row by row."""
-    if len(program.inputs) != 1:
-        raise BackendFailed(
-            f"The program has {len(program.inputs)} inputs; programs with one input are served."
-        )
-    spec = program.inputs[0]
+@dataclass(frozen=True)
+class Signature:
+    """The rows that a program takes and gives, in its own order."""
+
+    inputs: tuple[RowSpec, ...]
+    outputs: tuple[RowSpec, ...]
+
+
+def signature(program: Program) -> Signature:
+    """The rows of `program`. Raises BackendFailed unless it can be served row by row.
+
+    Inputs have the program's names. Outputs are called `output_0`, `output_1`, …, because the names
+    of the values behind them differ between a training form and its deploy form.
+    """
+    specs = program.specs()
+    inputs = tuple(_row_spec("input", spec.name, spec) for spec in program.inputs)
+    outputs = tuple(
+        _row_spec("output", f"output_{index}", specs[name])
+        for index, name in enumerate(program.outputs)
+    )
+    if not inputs:
+        raise BackendFailed("The program has no input, so there are no rows to serve.")
+    return Signature(inputs, outputs)
+
+
+def _row_spec(kind: str, name: str, spec: TensorSpec) -> RowSpec:
     if not spec.shape or spec.shape[0] is not None or None in spec.shape[1:]:
         raise BackendFailed(
-            f"The program's input has shape {spec.shape}; only the leading axis may vary."
+            f"The program's {kind} {name} has shape {spec.shape}; only the leading axis may vary, "
+            "and each output must have one row for each input row to be served in batches."
         )
     dtype: torch.dtype = getattr(torch, spec.dtype)
     shape = tuple(int(size or 0) for size in spec.shape[1:])
-    return RowSpec(shape, torch.float32 if dtype.is_floating_point else dtype)
+    return RowSpec(name, shape, torch.float32 if dtype.is_floating_point else dtype)
+
+
+def random_rows(inputs: Sequence[RowSpec], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """A batch for each input, as `RowSpec.random` makes them, each from a seed of its own."""
+    return tuple(spec.random(batch, seed + index) for index, spec in enumerate(inputs))
 
 
 def checked_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -77,6 +105,14 @@ def dtype_name(precision: Precision) -> str:
     return "float32" if precision == "tf32" else precision
 
 
+def computing_dtype(spec: RowSpec, precision: Precision) -> torch.dtype:
+    """The type in which a program that computes in `precision` takes this input."""
+    if not spec.dtype.is_floating_point:
+        return spec.dtype
+    dtype: torch.dtype = getattr(torch, dtype_name(precision))
+    return dtype
+
+
 def as_outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The outputs as a tuple; floating-point ones as float32."""
     outputs = (result,) if isinstance(result, Tensor) else tuple(result)
@@ -91,13 +127,13 @@ def padded_size(batch_sizes: Sequence[int], rows: int) -> int:
     raise BackendFailed(f"{rows} rows were given at once; {batch_sizes[-1]} are prepared for.")
 
 
-def warm_up(prepared: Prepared, spec: RowSpec) -> Iterator[None]:
+def warm_up(prepared: Prepared) -> Iterator[None]:
     """Run every prepared batch size twice, giving way after each run.
 
     Raises BackendFailed when the outputs do not have one row for each row of the input.
     """
     for size in prepared.batch_sizes:
-        batch = spec.random(size)
+        batch = random_rows(prepared.inputs, size)
         for _ in range(2):
             outputs = prepared.run(batch)
             yield

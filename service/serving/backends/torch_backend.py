@@ -20,8 +20,8 @@ class TorchBackend:
     ) -> Prepared:
         """Load `program` onto `device`.
 
-        Raises BackendFailed for a program with several inputs, an impossible precision, or a
-        device that is not there.
+        Raises BackendFailed for a program that cannot be served row by row, an impossible
+        precision, or a device that is not there.
         """
         if device.partition(":")[0] == "cuda":
             return TorchCuda(program, device, precision, batch_sizes)

@@ -17,8 +17,10 @@ from service.serving.backends.choose import fastest
 from service.serving.backends.rows import (
     as_outputs,
     checked_sizes,
+    computing_dtype,
     computing_program,
-    row_spec,
+    random_rows,
+    signature,
     warm_up,
 )
 
@@ -40,26 +42,19 @@ class TorchCpu:
                 f"{precision} is not computed on a CPU; float32 and bfloat16 are.",
                 remedy="Choose another precision in `config`.",
             )
-        self.spec = row_spec(program)
+        rows = signature(program)
+        self.inputs, self.outputs = rows.inputs, rows.outputs
         self.batch_sizes = checked_sizes(batch_sizes)
         self._precision = precision
-        floating = self.spec.dtype.is_floating_point
-        self._dtype = getattr(torch, precision) if floating else self.spec.dtype
+        self._dtypes = [computing_dtype(spec, precision) for spec in self.inputs]
         self._layout = torch.contiguous_format
         self._threads = torch.get_num_threads()
         self._notes: tuple[str, ...] = ()
         planar = computing_program(program, precision, torch.contiguous_format)
         self._bytes = planar.weight_bytes
         self._module: ProgramModule | None = ProgramModule(planar)
-        self._undecided: Program | None = program if len(self.spec.shape) == 3 else None
-
-    @property
-    def item_shape(self) -> tuple[int, ...]:
-        return self.spec.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.spec.dtype
+        images = any(len(spec.shape) == 3 for spec in self.inputs)
+        self._undecided: Program | None = program if images else None
 
     def warm(self) -> Iterator[None]:
         """Choose the memory format, then run every prepared size."""
@@ -67,10 +62,10 @@ class TorchCpu:
         if self._undecided is not None and self._module is not None:
             yield from self._choose_layout(self._module, self._undecided)
             self._undecided = None
-        yield from warm_up(self, self.spec)
+        yield from warm_up(self)
 
-    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Outputs for `batch` [N, *item_shape], N up to the largest prepared size."""
+    def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs for a batch of at most the largest prepared size."""
         return self._run(batch, self._module, self._layout)
 
     def describe(self) -> Description:
@@ -91,15 +86,19 @@ class TorchCpu:
         self._module = None
 
     def _run(
-        self, batch: Tensor, module: ProgramModule | None, layout: torch.memory_format
+        self,
+        batch: tuple[Tensor, ...],
+        module: ProgramModule | None,
+        layout: torch.memory_format,
     ) -> tuple[Tensor, ...]:
         if module is None:
             raise BackendFailed("The program was unloaded.")
         with torch.inference_mode():
-            rows = batch.to(self._dtype)
-            if layout != torch.contiguous_format:
-                rows = rows.contiguous(memory_format=layout)
-            return as_outputs(module(rows))
+            rows = [
+                column.to(dtype, memory_format=layout) if column.dim() == 4 else column.to(dtype)
+                for column, dtype in zip(batch, self._dtypes, strict=True)
+            ]
+            return as_outputs(module(*rows))
 
     def _choose_layout(self, planar: ProgramModule, program: Program) -> Iterator[None]:
         last = ProgramModule(computing_program(program, self._precision, torch.channels_last))
@@ -108,7 +107,7 @@ class TorchCpu:
             "channels_last": lambda batch: self._run(batch, last, torch.channels_last),
         }
         sizes = sorted({1, min(MEASURED_ROWS, self.batch_sizes[-1])})
-        batches = [self.spec.random(size) for size in sizes]
+        batches = [random_rows(self.inputs, size) for size in sizes]
         try:
             name, relative = yield from fastest(candidates, batches)
         except RuntimeError as error:  # a reshape that is only possible in one memory format

@@ -17,10 +17,10 @@ from service.serving.backends.base import Description, Precision
 from service.serving.backends.rows import (
     as_outputs,
     checked_sizes,
+    computing_dtype,
     computing_program,
-    dtype_name,
     padded_size,
-    row_spec,
+    signature,
     warm_up,
 )
 
@@ -49,47 +49,44 @@ class TorchCuda:
     ) -> None:
         if not torch.cuda.is_available():
             raise BackendFailed("There is no CUDA device here.", remedy="Use the device `cpu`.")
-        self.spec = row_spec(program)
+        rows = signature(program)
+        self.inputs, self.outputs = rows.inputs, rows.outputs
         self.batch_sizes = checked_sizes(batch_sizes)
         self._device = torch.device(device)
         self._precision = precision
-        floating = self.spec.dtype.is_floating_point
-        self._dtype = getattr(torch, dtype_name(precision)) if floating else self.spec.dtype
-        self._layout = torch.channels_last if len(self.spec.shape) == 3 else torch.contiguous_format
+        self._dtypes = [computing_dtype(spec, precision) for spec in self.inputs]
+        images = any(len(spec.shape) == 3 for spec in self.inputs)
+        self._layout = torch.channels_last if images else torch.contiguous_format
         self._threads = torch.get_num_threads()
         self._notes: tuple[str, ...] = ()
         computing = computing_program(program, precision, self._layout)
         self._bytes = computing.weight_bytes
         self._module: ProgramModule | None = ProgramModule(computing).to(self._device)
-        shape = (self.batch_sizes[-1], *self.spec.shape)
-        self._staging = torch.zeros(shape, dtype=self.spec.dtype, pin_memory=True)
-        self._input = torch.zeros(shape, dtype=self.spec.dtype, device=self._device)
+        largest = self.batch_sizes[-1]
+        self._staging = [
+            torch.zeros((largest, *spec.shape), dtype=spec.dtype, pin_memory=True)
+            for spec in self.inputs
+        ]
+        self._input = [torch.zeros_like(staged, device=self._device) for staged in self._staging]
         self._captured: dict[int, _Captured] = {}
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-
-    @property
-    def item_shape(self) -> tuple[int, ...]:
-        return self.spec.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.spec.dtype
 
     def warm(self) -> Iterator[None]:
         """Capture a graph per prepared size, then run every one of them."""
         self._threads = torch.get_num_threads()  # a thread has its own number
         yield from self._capture()
-        yield from warm_up(self, self.spec)
+        yield from warm_up(self)
 
-    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Outputs for `batch` [N, *item_shape], N up to the largest prepared size."""
+    def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs for a batch of at most the largest prepared size."""
         if self._module is None:
             raise BackendFailed("The program was unloaded.")
-        rows = len(batch)
+        rows = len(batch[0])
         size = padded_size(self.batch_sizes, rows)
         with torch.inference_mode(), torch.cuda.stream(self._stream), self._arithmetic():
-            self._staging[:rows].copy_(batch)
-            self._input[:rows].copy_(self._staging[:rows], non_blocking=True)
+            for column, staging, place in zip(batch, self._staging, self._input, strict=True):
+                staging[:rows].copy_(column)
+                place[:rows].copy_(staging[:rows], non_blocking=True)
             if captured := self._captured.get(size):
                 captured.graph.replay()
                 outputs = captured.outputs
@@ -124,8 +121,13 @@ class TorchCuda:
 
     def _forward(self, rows: int) -> tuple[Tensor, ...]:
         assert self._module is not None
-        batch = self._input[:rows].to(self._dtype).contiguous(memory_format=self._layout)
-        return as_outputs(self._module(batch))
+        batch = [
+            place[:rows].to(dtype, memory_format=self._layout)
+            if place.dim() == 4
+            else place[:rows].to(dtype)
+            for place, dtype in zip(self._input, self._dtypes, strict=True)
+        ]
+        return as_outputs(self._module(*batch))
 
     def _capture(self) -> Iterator[None]:
         pool = torch.cuda.graph_pool_handle()

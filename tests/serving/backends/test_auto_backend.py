@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from service.errors import BackendFailed
 from service.graph import Program, trace
-from service.serving import Description, Precision, Prepared, backend_named
+from service.serving import Description, Precision, Prepared, RowSpec, backend_named
 from service.serving.backends.auto_backend import AutoBackend, relative_difference, structure
 
 
@@ -43,13 +43,14 @@ class Fake:
 class FakePrepared:
     def __init__(self, backend: Fake, precision: Precision, batch_sizes: tuple[int, ...]) -> None:
         self.backend, self.precision, self.batch_sizes = backend, precision, batch_sizes
-        self.item_shape, self.dtype = (3,), torch.float32
+        self.inputs = self.outputs = (RowSpec("input_0", (3,), torch.float32),)
         self.runs, self.closed = 0, False
 
     def warm(self) -> Iterator[None]:
         yield
 
-    def run(self, batch: Tensor) -> tuple[Tensor, ...]:
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (batch,) = inputs
         assert not self.closed
         self.runs += 1
         time.sleep(self.backend.seconds * len(batch))
@@ -86,7 +87,7 @@ def test_the_faster_one_that_agrees_is_kept_and_the_other_closed(program: Progra
     assert about.notes[0].startswith("other took 0.")
     assert slow.made[0].closed
     assert not fast.made[0].closed
-    assert torch.equal(prepared.run(torch.ones(2, 3))[0], torch.full((2, 3), 2.0))
+    assert torch.equal(prepared.run((torch.ones(2, 3),))[0], torch.full((2, 3), 2.0))
     prepared.close()
     assert fast.made[0].closed
 
@@ -94,7 +95,7 @@ def test_the_faster_one_that_agrees_is_kept_and_the_other_closed(program: Progra
 def test_the_default_is_kept_when_nothing_beats_it(program: Program) -> None:
     prepared = _choose(AutoBackend([Fake("torch", 0.001), Fake("other", 0.004)]), program)
     assert prepared.describe().backend == "torch"
-    assert torch.equal(prepared.run(torch.ones(1, 3))[0], torch.full((1, 3), 2.0))
+    assert torch.equal(prepared.run((torch.ones(1, 3),))[0], torch.full((1, 3), 2.0))
 
 
 @pytest.mark.parametrize(
@@ -181,4 +182,4 @@ def test_auto_serves_a_real_program(program: Program) -> None:
     list(prepared.warm())
     assert prepared.describe().backend in ("torch", "openvino")
     rows = torch.tensor([[-1.0, 0.0, 2.0]])
-    assert prepared.run(rows)[0].tolist() == [[0.0, 0.0, 2.0]]
+    assert prepared.run((rows,))[0].tolist() == [[0.0, 0.0, 2.0]]

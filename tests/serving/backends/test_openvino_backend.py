@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from service.errors import BackendFailed
 from service.graph import Program, trace
 from service.serving import Precision, Prepared, backend_named, backend_names
+from tests.serving import pair
 
 pytest.importorskip("openvino", reason="the optional package openvino is not installed")
 
@@ -74,6 +75,10 @@ def test_nothing_is_reported_to_its_makers() -> None:
     assert "['openvino_telemetry']" in done.stdout  # the entry that hides it, and no submodule
 
 
+def test_several_inputs_and_outputs_keep_names_shapes_and_types() -> None:
+    pair.check(_prepare(pair.program()))
+
+
 def test_it_is_listed() -> None:
     assert backend_names() == ("torch", "openvino")
 
@@ -89,7 +94,7 @@ def test_every_number_of_rows_gives_the_modules_outputs_in_order(
         batch = torch.randn(size, 3, 10, 10, generator=torch.Generator().manual_seed(size))
         with torch.no_grad():
             truth = double(batch.double())[0]
-        logits, twice = prepared.run(batch)
+        logits, twice = prepared.run((batch,))
         assert logits.shape == (size, 5)
         assert logits.dtype == torch.float32
         errors = (logits.double() - truth).norm(dim=1) / truth.norm(dim=1)
@@ -101,16 +106,16 @@ def test_every_number_of_rows_gives_the_modules_outputs_in_order(
 
 def test_a_later_run_does_not_overwrite_an_earlier_answer(shared: Prepared) -> None:
     for size in (1, 4):
-        first = shared.run(torch.ones(size, 3, 10, 10))[0]
+        first = shared.run((torch.ones(size, 3, 10, 10),))[0]
         kept = first.clone()
-        shared.run(torch.full((size, 3, 10, 10), -3.0))
+        shared.run((torch.full((size, 3, 10, 10), -3.0),))
         assert torch.equal(first, kept)
 
 
 def test_rows_in_any_memory_format_are_accepted(shared: Prepared) -> None:
     batch = torch.randn(4, 3, 10, 10)
     last = batch.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(shared.run(batch)[0], shared.run(last)[0])
+    assert torch.equal(shared.run((batch,))[0], shared.run((last,))[0])
 
 
 def test_the_description_says_how_threads_are_used(program: Program, shared: Prepared) -> None:
@@ -132,4 +137,4 @@ def test_an_unloaded_program_does_not_run(program: Program) -> None:
     prepared = _prepare(program)
     prepared.close()
     with pytest.raises(BackendFailed, match="unloaded"):
-        prepared.run(torch.zeros(1, 3, 10, 10))
+        prepared.run((torch.zeros(1, 3, 10, 10),))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from service.errors import BackendFailed
 from service.graph import Program, trace
 from service.serving import Precision, Prepared
-from service.serving.backends.rows import padded_size, powers_of_two, row_spec, warm_up
+from service.serving.backends.rows import padded_size, powers_of_two, warm_up
 from service.serving.backends.torch_backend import TorchBackend
+from tests.serving import pair
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = ["cpu", pytest.param("cuda", marks=[gpu, pytest.mark.gpu])]
@@ -30,9 +31,11 @@ class Twice(nn.Module):
         return logits, logits.argmax(1)
 
 
-class Pair(nn.Module):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
+class Similarity(nn.Module):
+    """Every row's product with every other: what a row gets depends on the batch it is in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ x.t()
 
 
 class Total(nn.Module):
@@ -79,7 +82,7 @@ def test_every_number_of_rows_gives_the_modules_outputs(
     prepared = _prepare(program, place, precision)
     for size in (1, 2, 3, 4):
         batch = torch.randn(size, 3, 10, 10, generator=torch.Generator().manual_seed(size))
-        logits, label = prepared.run(batch)
+        logits, label = prepared.run((batch,))
         truth = _truth(module, batch)
         assert logits.dtype == torch.float32
         assert label.dtype == torch.int64
@@ -94,9 +97,9 @@ def test_every_number_of_rows_gives_the_modules_outputs(
 @pytest.mark.parametrize("place", PLACES)
 def test_a_later_run_does_not_overwrite_an_earlier_answer(program: Program, place: str) -> None:
     prepared = _prepare(program, place)
-    first = prepared.run(torch.ones(2, 3, 10, 10))[0]
+    first = prepared.run((torch.ones(2, 3, 10, 10),))[0]
     kept = first.clone()
-    prepared.run(torch.full((2, 3, 10, 10), -3.0))
+    prepared.run((torch.full((2, 3, 10, 10), -3.0),))
     assert torch.equal(first, kept)
 
 
@@ -105,8 +108,8 @@ def test_a_later_run_does_not_overwrite_an_earlier_answer(program: Program, plac
 def test_padding_rows_and_graphs_do_not_change_an_answer(program: Program) -> None:
     prepared = _prepare(program, "cuda")
     batch = torch.randn(3, 3, 10, 10)
-    together = prepared.run(batch)[0]
-    alone = torch.cat([prepared.run(row[None])[0] for row in batch])
+    together = prepared.run((batch,))[0]
+    alone = torch.cat([prepared.run((row[None],))[0] for row in batch])
     assert prepared.describe().notes == ()
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
@@ -129,7 +132,7 @@ def test_the_description_says_what_runs_where(program: Program) -> None:
 
 def test_preparing_leaves_the_program_as_it_was(program: Program) -> None:
     before = {name: (t.clone(), t.stride()) for name, t in program.weights.items()}
-    _prepare(program, "cpu", "bfloat16").run(torch.zeros(1, 3, 10, 10))
+    _prepare(program, "cpu", "bfloat16").run((torch.zeros(1, 3, 10, 10),))
     for name, (tensor, stride) in before.items():
         assert torch.equal(program.weights[name], tensor)
         assert program.weights[name].stride() == stride
@@ -150,12 +153,15 @@ def test_a_device_that_is_not_there_is_refused(program: Program) -> None:
 
 
 def test_programs_that_cannot_be_served_row_by_row_are_refused() -> None:
-    pair = trace(Pair().eval(), (torch.zeros(1, 3), torch.zeros(1, 3)))
-    with pytest.raises(BackendFailed, match="2 inputs"):
-        _prepare(pair, "cpu")
-    total = trace(Total().eval(), (torch.zeros(1, 3),))
-    with pytest.raises(BackendFailed, match="one row for each input row"):
-        _prepare(total, "cpu")
+    for module in (Total(), Similarity()):
+        program = trace(module.eval(), (torch.zeros(1, 3),))
+        with pytest.raises(BackendFailed, match="one row for each input row"):
+            _prepare(program, "cpu")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_several_inputs_and_outputs_keep_names_shapes_and_types(place: str) -> None:
+    pair.check(_prepare(pair.program(), place))
 
 
 def test_warm_up_runs_every_prepared_size(program: Program) -> None:
@@ -163,12 +169,12 @@ def test_warm_up_runs_every_prepared_size(program: Program) -> None:
     sizes: list[int] = []
     run = prepared.run
 
-    def counting(batch: Tensor) -> tuple[Tensor, ...]:
-        sizes.append(len(batch))
+    def counting(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        sizes.append(len(batch[0]))
         return run(batch)
 
     prepared.run = counting  # type: ignore[method-assign]
-    assert len(list(warm_up(prepared, row_spec(program)))) == 6
+    assert len(list(warm_up(prepared))) == 6
     assert sizes == [1, 1, 2, 2, 4, 4]
 
 
@@ -176,7 +182,7 @@ def test_an_unloaded_program_does_not_run(program: Program) -> None:
     prepared = _prepare(program, "cpu")
     prepared.close()
     with pytest.raises(BackendFailed, match="unloaded"):
-        prepared.run(torch.zeros(1, 3, 10, 10))
+        prepared.run((torch.zeros(1, 3, 10, 10),))
 
 
 def test_integer_rows_stay_integers() -> None:
@@ -190,8 +196,8 @@ def test_integer_rows_stay_integers() -> None:
 
     program = trace(Lookup().eval(), (torch.zeros(1, 2, dtype=torch.int64),))
     prepared = _prepare(program, "cpu", "bfloat16")
-    assert prepared.dtype == torch.int64
-    assert prepared.run(torch.tensor([[2, 3]]))[0].tolist() == [[1.0, 6.0]]
+    assert prepared.inputs[0].dtype == torch.int64
+    assert prepared.run((torch.tensor([[2, 3]]),))[0].tolist() == [[1.0, 6.0]]
 
 
 def test_padding_takes_the_next_prepared_size() -> None:
