@@ -1,15 +1,14 @@
 """`python -m benchmarks [NAME] [options]`: run one benchmark, or `engine` if none is named.
 
-Names: engine. `python -m benchmarks NAME --help` lists its options.
+Names: engine, server. `python -m benchmarks NAME --help` lists its options.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
-from benchmarks import engine
-
-BENCHMARKS = {"engine": engine.main}
+BENCHMARKS = ("engine", "server")
 
 
 def main(arguments: list[str]) -> int:
@@ -20,7 +19,8 @@ def main(arguments: list[str]) -> int:
     if name not in BENCHMARKS:
         print(f"no benchmark {name!r}; known: {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
-    return BENCHMARKS[name](rest)
+    status: int = import_module(f"benchmarks.{name}").main(rest)
+    return status
 
 
 if __name__ == "__main__":

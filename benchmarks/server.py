@@ -1,0 +1,310 @@
+"""How this service stands under load, beside other servers and beside no server at all.
+
+    python -m benchmarks server                        the tiny network, every server, npy bodies
+    python -m benchmarks server --network RepVGG-A0    the real one, with its in-process bound
+    python -m benchmarks server --bodies jpeg,json     other bodies
+    python -m benchmarks server --peers none           this service alone
+
+Every server runs on the same machine, serves the same fused network and is asked by the same
+client. They are measured in turns: each round visits every server for every kind of load, in an
+order that rotates, and a ratio compares two measurements of the same round. The first answers of
+every server are compared with the network's own, so that nobody is fast by being wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks import peers
+from benchmarks.load import Outcome
+from benchmarks.subjects import (
+    Server,
+    Settings,
+    Subject,
+    Unavailable,
+    foldserve_logits,
+    start_bound,
+    start_foldserve,
+    start_nothing,
+    start_peer,
+)
+from benchmarks.workload import BODIES, NETWORKS, Body, Deployed, Network, Sample, samples
+from service.serving import available_cpus
+from service.serving.backends.torch_cpu import cpu_name
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CONCURRENCIES = (1, 8, 64, 256)
+SPAWN_SECONDS = 0.5  # what starting the load's process adds to every measurement
+# A slow network needs longer windows where many callers wait, or too few answers fall into one.
+LONGER = {1: 1.0, 8: 1.0, 64: 2.0, 256: 4.0}
+COLUMNS = (
+    "server",
+    "requests/s",
+    "foldserve / it",
+    "p50 ms",
+    "p99 ms",
+    "failed",
+    "server CPU ms",
+    "client CPU",
+)
+TOLERANCE = {"binary": 1e-3, "json": 1e-3, "jpeg": 0.05}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of load."""
+
+    body: Body
+    concurrency: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement: which round, which load, which subject, what came of it."""
+
+    round: int
+    cell: Cell
+    subject: str
+    outcome: Outcome
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; answers the exit status."""
+    options = _parser().parse_args(arguments)
+    network = NETWORKS[options.network]
+    cells = [Cell(body, n) for body in options.bodies for n in options.concurrency]
+    given = samples(network)
+    began = time.time()
+    with ExitStack() as stack, TemporaryDirectory(prefix="foldserve-benchmark-") as name:
+        folder = Path(name)
+        subjects, missing = _start(stack, folder, network, given, options)
+        measured = list(_rounds(subjects, cells, options, network.name != "tiny"))
+    report = {
+        "network": network.name,
+        "row": list(network.shape),
+        "environment": environment(options.threads) | {"seconds": round(time.time() - began)},
+        "subjects": {subject.name: subject.about for subject in subjects},
+        "missing": missing,
+        "measured": [asdict(one) for one in measured],
+    }
+    text = "\n".join(render(report, cells, measured, [subject.name for subject in subjects]))
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        stem = f"server-{network.name.lower()}-{'-'.join(options.bodies)}"
+        (options.out / f"{stem}.md").write_text(text + "\n")
+        (options.out / f"{stem}.json").write_text(json.dumps(report) + "\n")
+    return 0
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """The machine and the versions that the figures belong to."""
+    packages = ("torch", "openvino", "fastapi", "uvicorn", "uvloop", "httptools", "numpy", "orjson")
+    return {
+        "cpu": cpu_name(),
+        "cpus": available_cpus(),
+        "threads": threads,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "load_average_before": round(os.getloadavg()[0], 2),
+        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def _start(
+    stack: ExitStack,
+    folder: Path,
+    network: Network,
+    given: list[Sample],
+    options: argparse.Namespace,
+) -> tuple[list[Subject], dict[str, str]]:
+    """Everything that starts here, and the reasons of what does not."""
+    own = Settings(
+        {"FOLDSERVE_TORCH_THREADS": str(options.threads), "OMP_NUM_THREADS": str(options.threads)},
+        {"backend": options.backend, "precision": "float32"},
+    )
+    foldserve = start_foldserve(stack, folder, network, given, own)
+    reference = Deployed(folder)
+    check(foldserve, reference, given)
+    subjects: list[Subject] = [foldserve]
+    missing: dict[str, str] = {}
+    for name in options.peers:
+        try:
+            print(f"starting {name}", file=sys.stderr, flush=True)
+            peer = peers.PEERS[name]
+            server = start_peer(stack, peer, options.installed, folder, given, options.threads)
+            check(server, reference, given)
+        except (Unavailable, LookupError) as error:
+            missing[name] = str(error)
+        else:
+            subjects.append(server)
+    subjects.append(start_nothing(stack, folder, given))
+    if network.name != "tiny":
+        subjects.append(start_bound(stack, folder, options.threads))
+    return subjects, missing
+
+
+def check(server: Server, reference: Deployed, given: list[Sample]) -> None:
+    """Raises Unavailable unless the server's answers are the network's, row by row."""
+    for body in server.requests:
+        for index, answer in enumerate(server.answers(body)):
+            truth = reference(reference.row(_content(body, given[index]))[None])[0]
+            if server.name == "foldserve":
+                found = foldserve_logits(body, answer)
+                if body == "json":  # the largest scores, in descending order
+                    truth = np.sort(truth - np.log(np.exp(truth).sum()))[::-1][: len(found)]
+            else:
+                found = peers.PEERS[server.name].decode(answer)
+            error = np.abs(found - truth).max() / max(np.abs(truth).max(), 1e-9)
+            if found.shape != truth.shape or not error < TOLERANCE[body]:
+                raise Unavailable(f"answers {body} wrongly: relative error {error:.1e}")
+
+
+def _content(body: Body, sample: Sample) -> bytes:
+    if body == "json":
+        return json.dumps({"inputs": sample.nested}).encode()
+    return sample.raw if body == "binary" else sample.photo
+
+
+def _rounds(
+    subjects: list[Subject], cells: list[Cell], options: argparse.Namespace, slow: bool
+) -> Iterator[Measured]:
+    weights = {cell: LONGER.get(cell.concurrency, 1.0) if slow else 1.0 for cell in cells}
+    total = sum(weights.values()) * len(subjects) * options.rounds
+    overhead = SPAWN_SECONDS * len(cells) * len(subjects) * options.rounds
+    unit = max(0.5, (options.seconds - overhead) / total / 1.2)
+    for number in range(options.rounds):
+        for cell in cells:
+            turn = number % len(subjects)
+            for subject in subjects[turn:] + subjects[:turn]:
+                outcome = subject.measure(cell.body, cell.concurrency, unit * weights[cell])
+                if outcome is not None:
+                    print(
+                        f"round {number + 1}  {cell.body} x {cell.concurrency:<4}"
+                        f"{subject.name:12} {outcome.rate:10.1f}/s  p99 {outcome.p99 * 1e3:.1f} ms",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    yield Measured(number, cell, subject.name, outcome)
+
+
+def render(
+    report: dict[str, Any], cells: list[Cell], measured: list[Measured], names: list[str]
+) -> Iterator[str]:
+    """The report as Markdown: what was measured where, then one table for each kind of load."""
+    where = report["environment"]
+    yield f"# {report['network']} under load\n"
+    yield (
+        f"{where['cpu']}, {where['cpus']} CPUs, {where['threads']} threads for every server; "
+        f"Python {where['python']}; load average before: {where['load_average_before']}; "
+        f"{where['when']}; {where['seconds']} s.  "
+    )
+    yield ", ".join(f"{name} {found}" for name, found in where["versions"].items()) + ".\n"
+    yield "Medians over the rounds with the lowest and highest in brackets; ratios are of the same"
+    yield "round. Server CPU is the time that all its processes spent for one answer; client CPU is"
+    yield "the share of one core that the single client process used.\n"
+    yield from (f"* {name}: {about}" for name, about in report["subjects"].items())
+    yield from (f"* {name}: **not measured**: {why}" for name, why in report["missing"].items())
+    for cell in cells:
+        yield f"\n## {cell.body}, concurrency {cell.concurrency}\n"
+        yield f"| {' | '.join(COLUMNS)} |"
+        yield "|---" * len(COLUMNS) + "|"
+        own = _of(measured, cell, "foldserve")
+        for name in names:
+            outcomes = _of(measured, cell, name)
+            if outcomes:
+                yield _row(name, own, outcomes)
+        yield from _against_bound(cell, measured)
+
+
+def _of(measured: list[Measured], cell: Cell, name: str) -> list[Outcome]:
+    return [one.outcome for one in measured if one.cell == cell and one.subject == name]
+
+
+def _row(name: str, own: list[Outcome], outcomes: list[Outcome]) -> str:
+    rates = _spread([each.rate for each in outcomes])
+    ratios = [mine.rate / max(each.rate, 1e-9) for mine, each in zip(own, outcomes, strict=True)]
+    ratio = "" if name in ("foldserve", "nothing") else _spread(ratios, 2)
+    failed = sum(each.failed for each in outcomes)
+    if name == "in-process":
+        return f"| {name} | {rates} | {ratio} | | | | | |"
+    p50, p99 = (
+        _spread([getattr(each, key) * 1e3 for each in outcomes], 2) for key in ("p50", "p99")
+    )
+    cpu = statistics.median(each.client_cpu for each in outcomes)
+    spent = statistics.median(each.server_cpu for each in outcomes) * 1e3
+    cells = (name, rates, ratio, p50, p99, failed, f"{spent:.2f}", f"{cpu:.2f}")
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _against_bound(cell: Cell, measured: list[Measured]) -> Iterator[str]:
+    """p99 against the ideal: N callers at the in-process rate wait N / rate."""
+    own, bound = _of(measured, cell, "foldserve"), _of(measured, cell, "in-process")
+    if bound:
+        ratios = [
+            mine.p99 / (cell.concurrency / best.rate) for mine, best in zip(own, bound, strict=True)
+        ]
+        yield (
+            f"\np99 over its ideal (concurrency / in-process rate, which is batch time times "
+            f"queue depth): {_spread(ratios, 2)}"
+        )
+
+
+def _spread(values: list[float], digits: int | None = None) -> str:
+    middle = statistics.median(values)
+    places = digits if digits is not None else (0 if middle >= 100 else 1)
+    low, high = f"{min(values):.{places}f}", f"{max(values):.{places}f}"
+    return f"{middle:.{places}f} ({low} to {high})"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", default="tiny", choices=sorted(NETWORKS))
+    parser.add_argument("--bodies", type=_bodies, default=["binary"], help="of binary,jpeg,json")
+    parser.add_argument("--concurrency", type=_numbers, default=list(CONCURRENCIES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=400.0, help="measuring time in all")
+    parser.add_argument("--backend", default="auto", help="this service's backend")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads each")
+    parser.add_argument("--peers", type=_peers, default=list(peers.PEERS), help="names, or none")
+    parser.add_argument("--installed", type=Path, default=peers.home(), help="peers' environments")
+    parser.add_argument("--out", type=Path, help=f"also write the report here, such as {RESULTS}")
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _bodies(text: str) -> list[Body]:
+    return [body for body in BODIES if body in text.split(",")]
+
+
+def _peers(text: str) -> list[str]:
+    names = [] if text == "none" else text.split(",")
+    unknown = set(names) - set(peers.PEERS)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())
