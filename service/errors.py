@@ -4,24 +4,45 @@ FoldserveError
 ├── CheckpointError          the uploaded file itself
 │   ├── EmptyFile
 │   ├── NotACheckpoint
+│   │   ├── PolyglotFile
+│   │   ├── DuplicateKey
+│   │   ├── OverlappingTensors
+│   │   ├── ChecksumMismatch
+│   │   └── UnsafeName
 │   ├── TruncatedFile
+│   ├── TensorOutOfRange
 │   ├── UnsafePickle
-│   ├── WholeModulePickle
+│   │   └── WholeModulePickle
 │   ├── UnsupportedContainer
+│   │   ├── TorchScriptArchive
+│   │   ├── CompressedArchive
+│   │   ├── ExternalReference
+│   │   └── FilteredDataset
 │   ├── LimitExceeded
+│   │   ├── ArchiveBomb
+│   │   ├── HeaderTooLarge
+│   │   ├── PickleBomb
+│   │   ├── NestingTooDeep
+│   │   ├── StrideBomb
+│   │   └── AliasBomb
 │   ├── NoStateDict
+│   │   └── OptimizerOnly
 │   ├── NonFiniteWeights
 │   └── NegativeVariance
 ├── RecognitionError         the state dict inside it
 │   ├── UnknownArchitecture
+│   │   └── LanguageModel
 │   ├── MissingKeys
 │   ├── UnexpectedKeys
 │   ├── ShapeMismatch
 │   ├── MixedForm
 │   └── InvalidConfig
+│       └── UnsafeLabel
 ├── GraphError               a program
 │   ├── UnsupportedOperator
 │   └── InvalidProgram
+│       ├── PickledTensor
+│       └── UnexpectedEntry
 ├── FusionError              the engine
 │   └── CertificateFailed
 ├── ConversionError          the child process that converts
@@ -125,11 +146,44 @@ class NotACheckpoint(CheckpointError):
     remedy = "Upload a .safetensors file, or a .pth/.pt/.pth.tar written by torch.save(state_dict)."
 
 
+class PolyglotFile(NotACheckpoint):
+    title = "The file is more than one file"
+    remedy = "Upload the checkpoint as it was saved, with nothing before, after or inside it."
+
+
+class DuplicateKey(NotACheckpoint):
+    title = "The file names something twice"
+    remedy = "Save the checkpoint again; no library writes a name twice."
+
+
+class OverlappingTensors(NotACheckpoint):
+    title = "Tensors of the file overlap"
+    remedy = "Save the file again with the safetensors library, which gives each tensor its bytes."
+
+
+class ChecksumMismatch(NotACheckpoint):
+    title = "The file was damaged on its way"
+    remedy = "Copy the file again from where it was saved."
+
+
+class UnsafeName(NotACheckpoint):
+    title = "A name in the file is not safe to show or to use"
+    remedy = (
+        "Rename it: no control or text-direction characters, no backslashes, no path that leaves "
+        "its folder."
+    )
+
+
 class TruncatedFile(CheckpointError):
     title = "The file ends too early"
     remedy = (
         "The transfer or the copy was cut short; compare sizes with the original and upload again."
     )
+
+
+class TensorOutOfRange(CheckpointError):
+    title = "A tensor lies outside the bytes that the file has for it"
+    remedy = "The file is damaged or forged; upload the original."
 
 
 class UnsafePickle(CheckpointError):
@@ -149,14 +203,71 @@ class UnsupportedContainer(CheckpointError):
     remedy = "Convert it to safetensors or to a torch.save state dict."
 
 
+class TorchScriptArchive(UnsupportedContainer):
+    title = "The file is a TorchScript archive, which holds code"
+    remedy = (
+        "Load it where you trust it and save the weights alone: "
+        "torch.save(torch.jit.load(path).state_dict(), 'weights.pth')."
+    )
+
+
+class CompressedArchive(UnsupportedContainer):
+    title = "The archive is compressed or encrypted"
+    remedy = "Upload the file as torch.save wrote it."
+
+
+class ExternalReference(UnsupportedContainer):
+    title = "The file refers to other files"
+    remedy = "Write each array into the file itself."
+
+
+class FilteredDataset(UnsupportedContainer):
+    title = "A dataset of the file is chunked or filtered"
+    remedy = "Write each array plainly: file.create_dataset(name, data=array), nothing else."
+
+
 class LimitExceeded(CheckpointError):
     title = "The file exceeds a limit of the reader"
     remedy = "If the file is legitimate, raise the setting that the detail names."
 
 
+class ArchiveBomb(LimitExceeded):
+    title = "The archive expands beyond its own size"
+
+
+class HeaderTooLarge(LimitExceeded):
+    title = "The file's header is too large"
+
+
+class PickleBomb(LimitExceeded):
+    title = "The pickle asks for too much work or memory"
+
+
+class NestingTooDeep(LimitExceeded):
+    title = "The file is nested too deeply"
+    remedy = "Save a flat state dict: names to tensors."
+
+
+class StrideBomb(LimitExceeded):
+    title = "A tensor repeats its elements beyond the limit"
+    remedy = (
+        "Save the tensor's elements once: tensor.contiguous(), or the part that is not repeated."
+    )
+
+
+class AliasBomb(LimitExceeded):
+    title = "Tensors share their bytes beyond the limit"
+    remedy = "Save each tensor with bytes of its own: {key: t.clone() for key, t in state.items()}."
+
+
 class NoStateDict(CheckpointError):
     title = "No state dict was found in the file"
     remedy = "Save a mapping from names to tensors, bare or under `state_dict`, `model` or `ema`."
+
+
+class OptimizerOnly(NoStateDict):
+    title = "The file holds an optimizer's state and no weights"
+    remedy = "Upload the model's own state dict: torch.save(model.state_dict(), path)."
 
 
 class NonFiniteWeights(CheckpointError):
@@ -176,6 +287,11 @@ class RecognitionError(FoldserveError):
 
 class UnknownArchitecture(RecognitionError):
     title = "No known architecture has these keys"
+
+
+class LanguageModel(UnknownArchitecture):
+    title = "The weights are a language model's"
+    remedy = "Serve it elsewhere: convolutional networks with branches to fold are converted here."
 
 
 class MissingKeys(RecognitionError):
@@ -205,6 +321,11 @@ class InvalidConfig(RecognitionError):
     remedy = "Correct the named field; the OpenAPI page lists what config may hold."
 
 
+class UnsafeLabel(InvalidConfig):
+    title = "A label is not safe to show"
+    remedy = "Write labels without control or text-direction characters."
+
+
 class GraphError(FoldserveError):
     title = "The program cannot be used"
     remedy = "Make it again with `foldserve pack` of this version."
@@ -219,6 +340,19 @@ class UnsupportedOperator(GraphError):
 
 class InvalidProgram(GraphError):
     title = "The program is malformed"
+
+
+class PickledTensor(InvalidProgram):
+    title = "A tensor of the program is stored as a pickle, which is never loaded"
+    remedy = "Export the module with plain tensors instead of tensor subclasses."
+
+
+class UnexpectedEntry(InvalidProgram):
+    title = "The archive holds more than a plain export"
+    remedy = (
+        "Save it again with torch 2.13: torch.export.save(program, path), without extra files, "
+        "compiled libraries, custom objects or tensor subclasses."
+    )
 
 
 class FusionError(FoldserveError):

@@ -176,15 +176,18 @@ class Settings(BaseSettings):
         32 * MIB, "bytes", "Largest pickle of a torch file, its tensors not counted.", ge=8
     )
     reader_pickle_operations: int = _setting(
-        4_000_000, "instructions", "Longest pickle; a tensor takes about 40.", ge=1
+        2_000_000, "instructions", "Longest pickle; a tensor takes about 40.", ge=1
     )
     reader_tensors: int = _setting(50_000, "tensors", "Most tensors of a checkpoint.", ge=1)
     reader_tensor_expansion: float = _setting(
         2.0, "ratio", "Most tensor bytes that a file may claim, relative to its own size.", ge=1
     )
     reader_key_characters: int = _setting(512, "characters", "Longest key of a state dict.", ge=1)
+    reader_nesting: int = _setting(
+        100, "levels", "Deepest nesting of lists and tuples in a pickle.", ge=4
+    )
     reader_graph_values: int = _setting(
-        1_000_000, "values", "Most values of one JSON document of a torch.export archive.", ge=1
+        1_000_000, "values", "Most values of one JSON header or document of a file.", ge=1
     )
     reader_graph_nodes: int = _setting(
         20_000, "calls", "Most operator calls of a torch.export archive.", ge=1

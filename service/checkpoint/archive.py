@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from service.checkpoint.limits import ReadLimits, exceeded
-from service.errors import NotACheckpoint, TruncatedFile, UnsupportedContainer
+from service.errors import (
+    ChecksumMismatch,
+    CompressedArchive,
+    DuplicateKey,
+    NotACheckpoint,
+    PolyglotFile,
+    TorchScriptArchive,
+    TruncatedFile,
+    UnsafeName,
+    UnsupportedContainer,
+)
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _END = struct.Struct("<4s4H2LH")
@@ -56,9 +66,11 @@ class Archive:
 def list_archive(path: Path, limits: ReadLimits) -> Archive:
     """List the archive of torch.save or torch.export.save at `path`.
 
-    Raises TruncatedFile when the directory at the end is missing, UnsupportedContainer for
-    TorchScript and other zip archives, LimitExceeded for too many entries or for entries that
-    expand, NotACheckpoint for any shape that torch does not write.
+    Raises TruncatedFile when the directory at the end is missing, TorchScriptArchive,
+    CompressedArchive or UnsupportedContainer for other zip archives, ArchiveBomb for too many
+    entries or for entries that expand, PolyglotFile for bytes that the directory does not account
+    for, DuplicateKey, UnsafeName, ChecksumMismatch, and NotACheckpoint for any other shape that
+    torch does not write.
     """
     length = path.stat().st_size
     with open(path, "rb") as file:
@@ -91,8 +103,9 @@ def _check_directory_size(file: BinaryIO, length: int, limits: ReadLimits) -> No
     tail = file.read()
     if len(tail) < _END.size or tail[-_END.size :][:4] != b"PK\5\6":
         file.seek(max(0, length - (1 << 16) - _END.size))
-        if b"PK\5\6" in file.read():
-            raise NotACheckpoint("Bytes follow the end of the zip archive.")
+        end = file.read()
+        if 0 <= end.rfind(b"PK\5\6") <= len(end) - _END.size:
+            raise PolyglotFile("Bytes follow the end of the zip archive.")
         raise TruncatedFile("The zip archive has no directory at its end.")
     entries, directory_bytes = _END.unpack(tail[-_END.size :])[4:6]
     locator = tail[: -_END.size][-_END64_LOCATOR.size :]
@@ -104,16 +117,18 @@ def _check_directory_size(file: BinaryIO, length: int, limits: ReadLimits) -> No
     if entries > limits.archive_entries or directory_bytes > _ENTRY_BYTES * limits.archive_entries:
         found = f"The archive lists {entries} entries in {directory_bytes} bytes"
         raise exceeded(limits, "archive_entries", found)
+    # zipfile goes by the directory's length, and would make an object for every entry in it.
+    file.seek(max(0, length - tail_bytes - directory_bytes))
+    if file.read(directory_bytes + tail_bytes).count(b"PK\1\2") > 2 * entries + 64:
+        raise PolyglotFile(f"The archive has more entries than the {entries} that it counts.")
 
 
 def _kind(names: list[str]) -> Literal["torch-zip", "pt2"]:
     """Which archive this is; those that are not read get their own sentence."""
     below = {name.split("/", 1)[-1] for name in names}
     if "constants.pkl" in below or any(name.startswith("code/") for name in below):
-        raise UnsupportedContainer(
+        raise TorchScriptArchive(
             "This is a TorchScript archive: it holds code, which is never run here.",
-            remedy="Load it where you trust it and save the weights alone: "
-            "torch.save(torch.jit.load(path).state_dict(), 'weights.pth').",
             container="torchscript",
         )
     if "archive_format" in below:
@@ -151,17 +166,17 @@ def _check_layout(
     for info in sorted(infos, key=lambda info: info.header_offset):
         name = info.filename
         if name in places:
-            raise NotACheckpoint(f"The archive holds {name[:80]!r} twice.")
+            raise DuplicateKey(f"The archive holds {name[:80]!r} twice.")
         # orig_filename is the name before zipfile cuts it at a NUL.
-        if _ODD_NAME.search(info.orig_filename) or "/" not in name:
-            raise NotACheckpoint(f"The archive holds an entry named {info.orig_filename[:80]!r}.")
+        whole = info.orig_filename
+        if _ODD_NAME.search(whole) or not whole.isprintable() or "/" not in name:
+            raise UnsafeName(f"The archive holds an entry named {whole[:80]!a}.")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise UnsupportedContainer(
-                f"The archive's entry {name[:80]!r} is compressed; torch.save never does that.",
-                remedy="Upload the file as torch.save wrote it.",
+            raise CompressedArchive(
+                f"The archive's entry {name[:80]!r} is compressed; torch.save never does that."
             )
         if info.flag_bits & _ENCRYPTED:
-            raise UnsupportedContainer("The archive is encrypted.", remedy="Upload it unencrypted.")
+            raise CompressedArchive("The archive is encrypted.", remedy="Upload it unencrypted.")
         if not 0 <= info.header_offset < end:
             raise TruncatedFile(f"The archive's entry {name[:80]!r} lies beyond the file's end.")
         file.seek(info.header_offset)
@@ -171,18 +186,18 @@ def _check_layout(
         magic, _, _, method, *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
         local = file.read(name_bytes)
         if magic != b"PK\3\4" or method != 0 or local != info.orig_filename.encode():
-            raise NotACheckpoint(f"The archive contradicts itself about {name[:80]!r}.")
+            raise PolyglotFile(f"The archive contradicts itself about {name[:80]!r}.")
         # A reader that finds entries by position may only meet what the directory lists: at most
         # a data descriptor (24 bytes) stands between two entries.
         if not position <= info.header_offset <= position + 24 * (position > 0):
-            raise NotACheckpoint("The archive holds bytes that its directory does not list.")
+            raise PolyglotFile("The archive holds bytes that its directory does not list.")
         start = info.header_offset + len(header) + name_bytes + extra_bytes
         places[name] = (start, info.file_size)
         position = start + info.file_size
         if position > end:
             raise TruncatedFile(f"The archive's entry {name[:80]!r} runs into the directory.")
     if end > position + 24:
-        raise NotACheckpoint("The archive holds bytes that its directory does not list.")
+        raise PolyglotFile("The archive holds bytes that its directory does not list.")
     return places
 
 
@@ -201,8 +216,7 @@ def _check_sums(
             total = zlib.crc32(chunk, total)
             left -= len(chunk)
         if total != info.CRC:
-            raise NotACheckpoint(
+            raise ChecksumMismatch(
                 f"The bytes of the archive's entry {info.filename[:80]!r} do not match their "
-                "checksum: the file was damaged on its way.",
-                remedy="Copy the file again from where it was saved.",
+                "checksum: the file was damaged on its way."
             )

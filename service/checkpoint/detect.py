@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from pathlib import Path
 
+from service.checkpoint.polyglot import check_one_file
 from service.errors import EmptyFile, NotACheckpoint, UnsupportedContainer
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -52,8 +53,9 @@ _ALIEN: tuple[tuple[bytes, str], ...] = (
 def detect(path: Path) -> Kind:
     """The kind of container at `path`.
 
-    Raises EmptyFile, UnsupportedContainer for formats of weights that have no reader, and
-    NotACheckpoint, saying what the file seems to be, for everything else.
+    Raises EmptyFile, PolyglotFile for a file that is a zip archive to who reads it from its end,
+    UnsupportedContainer for formats of weights that have no reader, and NotACheckpoint, saying
+    what the file seems to be, for everything else.
     """
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -61,11 +63,12 @@ def detect(path: Path) -> Kind:
         raise EmptyFile("The file has no bytes.")
     if head.startswith(b"PK\x03\x04"):
         return Kind.ZIP
+    check_one_file(path)
     if head.startswith(LEGACY_MAGIC):
         return Kind.TORCH_LEGACY
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return Kind.HDF5
-    if head[8:9] == b"{" and head[4:8] == b"\0\0\0\0":
+    if (head[8:9] == b"{" and head[4:8] == b"\0\0\0\0") or head[8:10] in (b'{"', b"{}"):
         return Kind.SAFETENSORS
     for magic, name, remedy in _UNREAD:
         if head.startswith(magic):

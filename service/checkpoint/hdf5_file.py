@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 
 from service.checkpoint.limits import ReadLimits, exceeded
-from service.errors import FoldserveError, NotACheckpoint, TruncatedFile, UnsupportedContainer
+from service.errors import (
+    AliasBomb,
+    DuplicateKey,
+    ExternalReference,
+    FilteredDataset,
+    FoldserveError,
+    NestingTooDeep,
+    NotACheckpoint,
+    PolyglotFile,
+    TensorOutOfRange,
+    UnsupportedContainer,
+)
 
 _MAX_DEPTH = 16
 _MAX_AXES = 32
@@ -43,9 +54,12 @@ def read_hdf5(path: Path, limits: ReadLimits) -> dict[str, Tensor]:
     """The tensors of the HDF5 file at `path`, on the CPU in the file's own precision.
 
     Every dataset's shape, type and place is checked against the file before any is read. Raises
-    UnsupportedContainer for what plain files do not have (links, filters, chunks, other types),
-    TruncatedFile and LimitExceeded for sizes, NotACheckpoint for a file that HDF5 refuses.
+    for what plain files do not have ExternalReference (links, bytes in other files, virtual
+    datasets), FilteredDataset (filters, chunks) and UnsupportedContainer (other types); for sizes
+    TruncatedFile, TensorOutOfRange, AliasBomb, LimitExceeded and NestingTooDeep; DuplicateKey;
+    PolyglotFile for bytes after the end; NotACheckpoint for a file that HDF5 refuses.
     """
+    _check_end(path)
     try:
         with h5py.File(path, "r", locking=False) as file:
             found = list(_Walk(path, limits).datasets(file, "", 0))
@@ -56,6 +70,7 @@ def read_hdf5(path: Path, limits: ReadLimits) -> dict[str, Tensor]:
                     limits,
                     "tensor_expansion",
                     f"The tensors of the {length} byte file spread over {total} bytes",
+                    AliasBomb,
                 )
             return _tensors(found)
     except (FoldserveError, MemoryError):
@@ -69,7 +84,7 @@ def _tensors(found: list[_Found]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for item in found:
         if item.key in state:
-            raise NotACheckpoint(f"Two datasets have the key {item.key[:80]!r}.")
+            raise DuplicateKey(f"Two datasets have the key {item.key[:80]!r}.")
         array = np.empty(item.dataset.shape, item.dataset.dtype.newbyteorder("="))
         if array.size:
             item.dataset.read_direct(array)
@@ -90,7 +105,7 @@ class _Walk:
         """Checked datasets below `group`. Raises as `read_hdf5`."""
         info = h5py.h5o.get_info(group.id)
         if (info.fileno, info.addr) in self._seen or depth > _MAX_DEPTH:
-            raise NotACheckpoint(f"The group {prefix[:80]!r} contains itself, or lies too deep.")
+            raise NestingTooDeep(f"The group {prefix[:80]!r} contains itself, or lies too deep.")
         self._seen.add((info.fileno, info.addr))
         self._links += group.id.get_num_objs()
         if self._links > self._limits.tensors:
@@ -100,7 +115,7 @@ class _Walk:
             if len(key) > self._limits.key_characters:
                 raise exceeded(self._limits, "key_characters", f"A key has {len(key)} characters")
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise _refused(key, "is a link to somewhere else")
+                raise _refused(key, "is a link to somewhere else", ExternalReference)
             yield from self._object(group[name], key, depth)
 
     def _object(self, value: Any, key: str, depth: int) -> Iterator[_Found]:
@@ -115,9 +130,11 @@ class _Walk:
         kind, space = dataset.id.get_type(), dataset.id.get_space()
         plan = dataset.id.get_create_plist()
         if plan.get_external_count():
-            raise _refused(key, "keeps its bytes in another file")
+            raise _refused(key, "keeps its bytes in another file", ExternalReference)
+        if plan.get_layout() == h5py.h5d.VIRTUAL:
+            raise _refused(key, "is virtual: its bytes are other datasets'", ExternalReference)
         if plan.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or plan.get_nfilters():
-            raise _refused(key, "is virtual, chunked or compressed")
+            raise _refused(key, "is chunked or compressed", FilteredDataset)
         if kind.get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM):
             raise _refused(key, "does not hold numbers")
         dtype = dataset.dtype.newbyteorder("=")
@@ -134,7 +151,7 @@ class _Walk:
         if plan.get_layout() == h5py.h5d.CONTIGUOUS and size:
             self._check_place(dataset, key, size)
         if size > self._length:
-            raise TruncatedFile(f"Dataset {key[:80]!r} needs {size} bytes of {self._length}.")
+            raise TensorOutOfRange(f"Dataset {key[:80]!r} needs {size} bytes of {self._length}.")
         return _Found(key, dataset, size)
 
     def _check_place(self, dataset: Any, key: str, size: int) -> None:
@@ -142,13 +159,29 @@ class _Walk:
         start = dataset.id.get_offset()
         held = dataset.id.get_storage_size()
         if start is None or held < size or start + size > self._length:
-            raise TruncatedFile(
+            raise TensorOutOfRange(
                 f"Dataset {key[:80]!r} needs {size} bytes; the file has "
                 f"{0 if start is None else max(0, min(held, self._length - start))} of them."
             )
 
 
-def _refused(key: str, what: str) -> UnsupportedContainer:
-    return UnsupportedContainer(
-        f"Entry {key[:80]!r} of the HDF5 file {what}.", remedy=_REMEDY, container="hdf5"
-    )
+def _check_end(path: Path) -> None:
+    """Compare the file's length with the end that its superblock gives (HDF5 specification, II.A).
+
+    The library opens a longer file as if nothing followed. A shorter one it refuses by itself.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64)
+    version = head[8:9]
+    end = head[40:48] if version in (b"\0", b"\1") else head[28:36]
+    if version == b"\1":
+        end = head[44:52]
+    length = path.stat().st_size
+    if 0 < int.from_bytes(end, "little") < length:
+        raise PolyglotFile("Bytes follow the end of the HDF5 file.")
+
+
+def _refused(
+    key: str, what: str, kind: type[UnsupportedContainer] = UnsupportedContainer
+) -> UnsupportedContainer:
+    return kind(f"Entry {key[:80]!r} of the HDF5 file {what}.", remedy=_REMEDY, container="hdf5")

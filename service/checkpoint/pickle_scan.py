@@ -26,9 +26,21 @@ from service.checkpoint.pickle_policy import (
     STORAGE_ITEM_BYTES,
     TENSOR_MAKERS,
 )
+from service.checkpoint.pickle_values import (
+    INERT,
+    OTHER,
+    TENSOR,
+    Container,
+    Global,
+    Nested,
+    Symbol,
+    depth_of,
+    is_plain,
+)
 from service.errors import (
-    LimitExceeded,
     NotACheckpoint,
+    PickleBomb,
+    TensorOutOfRange,
     TruncatedFile,
     UnsafePickle,
     UnsupportedContainer,
@@ -38,6 +50,8 @@ from service.errors import (
 _PROTOCOL = 2
 _MAX_DIMENSIONS = 64
 _MAX_NAMED = 8
+_MAX_ODD_KEYS = 1000
+_MAX_CALLS_PER_TENSOR = 4
 
 
 @dataclass(frozen=True)
@@ -55,37 +69,31 @@ class Storage:
 
 @dataclass
 class Scan:
-    """What a pickle refers to; filled by `scan_pickle`."""
+    """What a pickle refers to; filled by `scan_pickle`.
+
+    Attributes:
+        storages: by key.
+        tensors: how many are made.
+        tensor_bytes: sum of their elements, bytes.
+        repeated_bytes: the part of it in tensors with more elements than their storage has.
+        forbidden: globals outside the allow-list, in order.
+    """
 
     storages: dict[str, Storage] = field(default_factory=dict)
     tensors: int = 0
     tensor_bytes: int = 0
+    repeated_bytes: int = 0
     forbidden: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Global:
-    name: str
-
-
-class _Symbol:
-    """A value of which only the kind matters."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-
-_CONTAINER, _TENSOR, _ORDERED = _Symbol("container"), _Symbol("tensor"), _Symbol("OrderedDict")
-_INERT, _OTHER = _Symbol("inert"), _Symbol("other")
 
 
 def scan_pickle(data: io.BytesIO, limits: ReadLimits, *, other_protocols: bool = False) -> Scan:
     """Walk one pickle from the position of `data` and leave it after the pickle.
 
     `other_protocols` walks on through pickles that torch.save does not write, to name what is
-    in them. Raises UnsafePickle or WholeModulePickle naming the forbidden globals, LimitExceeded
-    for too many instructions or tensors or for a view beyond its storage, TruncatedFile or
-    NotACheckpoint for a pickle that is not whole.
+    in them. Raises UnsafePickle or WholeModulePickle naming the forbidden globals, PickleBomb for
+    too many instructions or for calls and keys that cost more than they are long, NestingTooDeep,
+    LimitExceeded for too many tensors, TensorOutOfRange for a view beyond its storage,
+    TruncatedFile or NotACheckpoint for a pickle that is not whole.
     """
     walk = _Walk(limits, other_protocols)
     try:
@@ -148,6 +156,8 @@ class _Walk:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._words: list[str] = []
+        self._calls = self._odd_keys = 0
+        self._copied = {"pickle_operations": 0, "pickle_bytes": 0}
 
     def step(self, name: str, argument: Any) -> None:
         self._steps += 1
@@ -158,7 +168,10 @@ class _Walk:
         if self.scan.forbidden:
             self._look_on(name, argument)
         elif name in _PUSHES:
-            self._stack.append(argument if _PUSHES[name] is None else _PUSHES[name])
+            value = _PUSHES[name]
+            self._stack.append(argument if value is None else value)
+        elif name in _EMPTY:
+            self._stack.append(Container())
         else:
             handler = _HANDLERS.get(name)
             if handler is None:
@@ -219,28 +232,85 @@ class _Walk:
 
     def tuple_of_marked(self, _: Any) -> None:
         items = self._items()
-        self._stack.append(tuple(items))
+        self._stack.append(self._tuple(items))
 
-    def container_of_marked(self, _: Any) -> None:
-        self._items()
-        self._stack.append(_CONTAINER)
+    def _tuple(self, items: list[Any]) -> tuple[Any, ...]:
+        depth = 1 + max(map(depth_of, items), default=0)
+        if depth == 1:
+            return tuple(items)
+        self._check_depth(depth)
+        made = Nested(items)
+        made.depth = depth
+        return made
 
-    def add_marked(self, _: Any) -> None:
-        self._items()
-        self._container()
+    def _check_depth(self, depth: int) -> None:
+        if depth > self._limits.nesting:
+            raise exceeded(self._limits, "nesting", f"The pickle is nested {depth} deep")
 
-    def set_item(self, _: Any) -> None:
-        self._stack.pop()
-        self._stack.pop()
-        self._container()
+    def list_of_marked(self, _: Any) -> None:
+        items = self._items()
+        self._stack.append(Container())
+        self._add(items)
+
+    def dict_of_marked(self, _: Any) -> None:
+        items = self._items()
+        self._stack.append(Container())
+        self._set(items)
 
     def append(self, _: Any) -> None:
-        self._stack.pop()
-        self._container()
+        self._add([self._stack.pop()])
 
-    def _container(self) -> None:
-        if self._stack[-1] not in (_CONTAINER, _ORDERED, _OTHER):
+    def append_marked(self, _: Any) -> None:
+        self._add(self._items())
+
+    def add_marked(self, _: Any) -> None:
+        items = self._items()
+        for item in items:
+            self._check_key(item)
+        self._add(items)
+
+    def set_item(self, _: Any) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._set([key, value])
+
+    def set_marked(self, _: Any) -> None:
+        self._set(self._items())
+
+    def _set(self, items: list[Any]) -> None:
+        for key in items[::2]:
+            self._check_key(key)
+        self._add(items)
+
+    def _add(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if target is OTHER:
+            return
+        if not isinstance(target, Container):
             self._malformed("puts items into what is no container")
+        for item in items:
+            target.add(item)
+        self._check_depth(target.depth)
+
+    def _check_key(self, key: Any) -> None:
+        """Keys are hashed and compared: a nested tuple takes for ever, chosen numbers nearly so."""
+        if is_plain(key) or isinstance(key, Global):
+            return
+        if type(key) is int:
+            self._malformed("has a key beyond 64 bits")
+        if isinstance(key, Nested | Container):
+            self._malformed("uses a nested value as a key")
+        self._odd_keys += 1
+        if self._odd_keys > _MAX_ODD_KEYS or (
+            isinstance(key, tuple) and not all(map(is_plain, key))
+        ):
+            raise PickleBomb(f"The pickle has {self._odd_keys} or odder keys that are no text.")
+
+    def _copy(self, limit: str, amount: int) -> None:
+        """Account for what a call copies out of an argument that the pickle may hold only once."""
+        self._copied[limit] += amount
+        if self._copied[limit] > getattr(self._limits, limit):
+            found = f"The pickle's calls copy {self._copied[limit]} items"
+            raise exceeded(self._limits, limit, found)
 
     def get(self, key: int) -> None:
         self._stack.append(self._memo[key])
@@ -261,7 +331,7 @@ class _Walk:
     def inst(self, argument: str) -> None:
         self._items()
         self.global_(argument)
-        self._stack[-1] = _OTHER
+        self._stack[-1] = OTHER
 
     def _global(self, module: str, name: str) -> None:
         module, name = NAME_MAPPING.get((module, name), (module, name))
@@ -270,33 +340,45 @@ class _Walk:
             shown = full[:120].encode("ascii", "backslashreplace").decode()
             if shown not in self.scan.forbidden:
                 self.scan.forbidden.append(shown)
-        self._stack.append(_Global(full))
+        self._stack.append(Global(full))
 
     def obj(self, _: Any) -> None:
         self._items()
-        self._stack.append(_OTHER)
+        self._stack.append(OTHER)
+
+    def _count_call(self) -> None:
+        # An empty mapping takes 400 bytes and a parameter more, for three instructions.
+        self._calls += 1
+        if self._calls > _MAX_CALLS_PER_TENSOR * self._limits.tensors:
+            raise PickleBomb(
+                f"The pickle makes more than {_MAX_CALLS_PER_TENSOR} calls for each of the "
+                f"{self._limits.tensors} tensors that it may have.",
+                remedy="If the file is legitimate, raise FOLDSERVE_READER_TENSORS.",
+            )
 
     def reduce(self, _: Any) -> None:
+        self._count_call()
         arguments, function = self._stack.pop(), self._stack.pop()
-        if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            if function is not _OTHER:
+        if not isinstance(function, Global) or not isinstance(arguments, tuple):
+            if function is not OTHER:
                 self._malformed("calls what is no function")
-            self._stack.append(_OTHER)
+            self._stack.append(OTHER)
             return
         self._stack.append(self._call(function.name, arguments))
 
     def new_object(self, _: Any) -> None:
+        self._count_call()
         _arguments, kind = self._stack.pop(), self._stack.pop()
-        name = kind.name if isinstance(kind, _Global) else None
+        name = kind.name if isinstance(kind, Global) else None
         if name in OPAQUE:
-            self._stack.append(_INERT)
+            self._stack.append(INERT)
         elif name == ORDERED_DICT or name in OPAQUE_MAPPINGS:
-            self._stack.append(_ORDERED)
+            self._stack.append(Container(has_state=True))
         else:
             # Making tensors or storages this way allocates whatever the arguments say.
             if name in ALLOWED:
                 self._malformed(f"makes a {name} without its constructor")
-            self._stack.append(_OTHER)
+            self._stack.append(OTHER)
 
     def new_object_with_keywords(self, _: Any) -> None:
         self._stack.pop()
@@ -305,17 +387,20 @@ class _Walk:
     def build(self, _: Any) -> None:
         self._stack.pop()
         # A tensor's state would be its storage and strides, set past every check made here.
-        if self._stack[-1] not in (_ORDERED, _INERT, _OTHER):
+        target = self._stack[-1]
+        if not (isinstance(target, Container) and target.has_state) and (
+            target is not INERT and target is not OTHER
+        ):
             self._malformed("sets the state of what has none")
 
     def persistent(self, _: Any) -> None:
         claim = self._stack.pop()
         match claim:
-            case ("storage" | b"storage", _Global(kind), str(key), str() | bytes(), int(count)):
+            case ("storage" | b"storage", Global(kind), str(key), str() | bytes(), int(count)):
                 pass
             case (
                 "storage" | b"storage",
-                _Global(kind),
+                Global(kind),
                 str(key),
                 str() | bytes(),
                 int(count),
@@ -327,10 +412,10 @@ class _Walk:
         if kind not in STORAGE_ITEM_BYTES:
             if kind in ALLOWED:
                 self._malformed(f"has a storage of type {kind}")
-            self._stack.append(_OTHER)
+            self._stack.append(OTHER)
             return
         storage = Storage(key, kind, count)
-        if count < 0 or self.scan.storages.setdefault(key, storage) != storage:
+        if not 0 <= count < 1 << 63 or self.scan.storages.setdefault(key, storage) != storage:
             self._malformed(f"contradicts itself about storage {key[:40]!r}")
         self._stack.append(storage)
 
@@ -340,30 +425,51 @@ class _Walk:
         if name in TENSOR_MAKERS:
             return self._tensor(name, arguments)
         if name == "torch._utils._rebuild_parameter":
-            if not arguments or arguments[0] is not _TENSOR:
+            if not arguments or arguments[0] is not TENSOR:
                 self._malformed("makes a parameter of what is no tensor")
-            return _TENSOR
+            return TENSOR
         if name == "_codecs.encode":
             # How protocol 2 writes bytes. Other codecs may take very long.
-            if len(arguments) != 2 or arguments[1] not in ("latin1", "latin-1"):
-                self._malformed("calls a codec other than latin1")
-            return _OTHER
-        if name == ORDERED_DICT or name in OPAQUE_MAPPINGS:
-            return _ORDERED
+            match arguments:
+                case (str(text), "latin1" | "latin-1"):
+                    self._copy("pickle_bytes", len(text))
+                    return OTHER
+            self._malformed("calls a codec other than latin1")
+        if name == ORDERED_DICT:
+            self._copy_items(arguments, "pairs")
+            return Container(has_state=True)
+        if name in OPAQUE_MAPPINGS:
+            return Container(has_state=True)
+        if name == "builtins.set":
+            self._copy_items(arguments, "plain")
+            return OTHER
+        if name == "torch.Size":
+            self._copy("pickle_operations", sum(len(a) for a in arguments if isinstance(a, tuple)))
+            return OTHER
         if name in OPAQUE:
-            return _INERT
+            return INERT
         if name not in CALLABLE and name in ALLOWED:
             self._malformed(f"calls {name}")
-        return _OTHER
+        return OTHER
 
-    def _tensor(self, name: str, arguments: tuple[Any, ...]) -> _Symbol:
+    def _copy_items(self, arguments: tuple[Any, ...], kind: str) -> None:
+        """A call that hashes the items of its one argument, if it has any."""
+        match arguments:
+            case ():
+                return
+            case (Container() as items,) if getattr(items, kind):
+                self._copy("pickle_operations", items.size)
+            case _:
+                self._malformed("makes a set or a mapping in an unknown way")
+
+    def _tensor(self, name: str, arguments: tuple[Any, ...]) -> Symbol:
         fewest, most = TENSOR_MAKERS[name]
         if not fewest <= len(arguments) <= most or not isinstance(arguments[0], Storage):
             self._malformed("describes a tensor in an unknown way")
         if arguments[6:] not in ((), (None,)):
             raise UnsupportedContainer("A tensor carries extra metadata, which is not read.")
         storage, offset, size, stride = arguments[:4]
-        if isinstance(size, _Symbol) or not (
+        if isinstance(size, Symbol) or not (
             _naturals((offset,)) and _naturals(size) and _naturals(stride)
         ):
             self._malformed("gives a tensor sizes or strides that are not natural numbers")
@@ -374,16 +480,17 @@ class _Walk:
             elements *= length
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if elements and last >= storage.count:
-            raise LimitExceeded(
+            raise TensorOutOfRange(
                 f"A tensor of shape {list(size)[:8]} reaches element {last} of a storage that has "
-                f"{storage.count}.",
-                remedy="The file is damaged or forged; upload the original.",
+                f"{storage.count}."
             )
         self.scan.tensors += 1
-        self.scan.tensor_bytes += elements * STORAGE_ITEM_BYTES[storage.type]
+        taken = elements * STORAGE_ITEM_BYTES[storage.type]
+        self.scan.tensor_bytes += taken
+        self.scan.repeated_bytes += taken if elements > storage.count else 0
         if self.scan.tensors > self._limits.tensors:
             raise exceeded(self._limits, "tensors", "The file has more tensors")
-        return _TENSOR
+        return TENSOR
 
     def _malformed(self, what: str) -> NoReturn:
         raise NotACheckpoint(f"The pickle {what}; torch.save writes nothing like it.")
@@ -403,7 +510,7 @@ def _tuple_of(count: int) -> Callable[[_Walk, Any], None]:
         stack = walk._stack
         if len(stack) < count:
             raise IndexError
-        stack[-count:] = [tuple(stack[-count:])]
+        stack[-count:] = [walk._tuple(stack[-count:])]
 
     return make
 
@@ -415,11 +522,9 @@ _PUSHES: dict[str, Any] = dict.fromkeys(
     "NEWTRUE": True,
     "NEWFALSE": False,
     "EMPTY_TUPLE": (),
-    "EMPTY_LIST": _CONTAINER,
-    "EMPTY_DICT": _CONTAINER,
-    "EMPTY_SET": _CONTAINER,
     "NONE": None,
 }
+_EMPTY = frozenset({"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"})
 
 _HANDLERS: dict[str, Callable[[_Walk, Any], None]] = {
     "PROTO": _Walk.protocol,
@@ -430,9 +535,9 @@ _HANDLERS: dict[str, Callable[[_Walk, Any], None]] = {
     "TUPLE2": _tuple_of(2),
     "TUPLE3": _tuple_of(3),
     "APPEND": _Walk.append,
-    "APPENDS": _Walk.add_marked,
+    "APPENDS": _Walk.append_marked,
     "SETITEM": _Walk.set_item,
-    "SETITEMS": _Walk.add_marked,
+    "SETITEMS": _Walk.set_marked,
     "BINGET": _Walk.get,
     "LONG_BINGET": _Walk.get,
     "BINPUT": _Walk.put,
@@ -466,9 +571,9 @@ _LATER_HANDLERS: dict[str, Callable[[_Walk, Any], None]] = {
     "OBJ": _Walk.obj,
     "NEWOBJ_EX": _Walk.new_object_with_keywords,
     "POP": _Walk.pop,
-    "LIST": _Walk.container_of_marked,
-    "DICT": _Walk.container_of_marked,
-    "FROZENSET": _Walk.container_of_marked,
+    "LIST": _Walk.list_of_marked,
+    "DICT": _Walk.dict_of_marked,
+    "FROZENSET": _Walk.list_of_marked,
     "ADDITEMS": _Walk.add_marked,
     "GET": _Walk.get,
     "PUT": _Walk.put,

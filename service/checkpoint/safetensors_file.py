@@ -17,7 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from service.checkpoint.limits import ReadLimits, exceeded
-from service.errors import NotACheckpoint, TruncatedFile, UnsupportedContainer
+from service.errors import (
+    DuplicateKey,
+    NestingTooDeep,
+    NotACheckpoint,
+    OverlappingTensors,
+    PolyglotFile,
+    TensorOutOfRange,
+    TruncatedFile,
+    UnsupportedContainer,
+)
 
 BUNDLE_KEY = "foldserve.program"
 """Metadata key whose presence makes a safetensors file a bundle: a program with its weights."""
@@ -34,8 +43,10 @@ _MAX_DIMENSIONS = 64
 def read_safetensors(path: Path, limits: ReadLimits) -> tuple[dict[str, Tensor], bool]:
     """The tensors of the file at `path`, and whether it is a bundle.
 
-    Raises TruncatedFile, LimitExceeded, UnsupportedContainer for an element type that has no
-    reader, or NotACheckpoint for a header that breaks the format.
+    Raises TruncatedFile, HeaderTooLarge, LimitExceeded, NestingTooDeep, UnsupportedContainer for an
+    element type that has no reader, DuplicateKey, OverlappingTensors, TensorOutOfRange,
+    PolyglotFile for bytes that belong to no tensor, or NotACheckpoint for a header that breaks the
+    format in another way.
     """
     metadata = check_header(path, limits)
     try:
@@ -49,14 +60,18 @@ def check_header(path: Path, limits: ReadLimits) -> dict[str, str]:
     length = path.stat().st_size
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > limits.header_bytes:
+            found = f"The safetensors header claims {header_bytes} bytes"
+            raise exceeded(limits, "header_bytes", found)
         if header_bytes > length - 8:
             raise TruncatedFile(
                 f"The safetensors header claims {header_bytes} bytes of a file of {length}."
             )
-        if header_bytes > limits.header_bytes:
-            found = f"The safetensors header has {header_bytes} bytes"
-            raise exceeded(limits, "header_bytes", found)
-        header = _parse(file.read(header_bytes))
+        data = file.read(header_bytes)
+    values = sum(map(data.count, (b"{", b"[", b",")))
+    if values > limits.graph_values:
+        raise exceeded(limits, "graph_values", f"The safetensors header has {values} values")
+    header = _parse(data)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise NotACheckpoint("The safetensors metadata does not map strings to strings.")
@@ -70,7 +85,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError("a key stands twice")
+            raise DuplicateKey("A key stands twice in the safetensors header.")
         return found
 
     def no_constant(name: str) -> None:
@@ -80,7 +95,9 @@ def _parse(data: bytes) -> dict[str, Any]:
         header = json.loads(
             data.decode(), object_pairs_hook=no_duplicates, parse_constant=no_constant
         )
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise NestingTooDeep("The safetensors header is nested too deeply.") from None
+    except ValueError as error:
         raise NotACheckpoint(f"The safetensors header is not valid: {str(error)[:120]}.") from None
     if not isinstance(header, dict):
         raise NotACheckpoint("The safetensors header is not an object.")
@@ -105,23 +122,24 @@ def _check_ranges(header: dict[str, Any], data_bytes: int) -> None:
         for dimension in shape:
             size *= dimension
         if end - begin != size:
-            raise NotACheckpoint(
+            raise TensorOutOfRange(
                 f"Tensor {name[:80]!r} of shape {shape[:8]} and type {dtype} needs {size} bytes; "
                 f"its range has {end - begin}."
             )
         ranges.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(ranges):
-        if begin != position:
-            raise NotACheckpoint(
-                f"The bytes of tensor {name[:80]!r} "
-                + ("overlap another's." if begin < position else "leave a hole before them.")
-            )
+        if begin < position:
+            raise OverlappingTensors(f"The bytes of tensor {name[:80]!r} overlap another's.")
+        if begin > position:
+            # A file that was cut short has its tensors one after another all the same.
+            kind = TensorOutOfRange if end > data_bytes else PolyglotFile
+            raise kind(f"The bytes of tensor {name[:80]!r} leave a hole before them.")
         position = end
     if position > data_bytes:
         raise TruncatedFile(f"The tensors need {position} bytes; the file has {data_bytes}.")
     if position < data_bytes:
-        raise NotACheckpoint(f"{data_bytes - position} bytes follow the last tensor.")
+        raise PolyglotFile(f"{data_bytes - position} bytes follow the last tensor.")
 
 
 def _naturals(values: list[Any]) -> bool:

@@ -15,7 +15,15 @@ from service.checkpoint.archive import Archive
 from service.checkpoint.limits import ReadLimits, exceeded
 from service.checkpoint.pickle_policy import OPAQUE, OPAQUE_MAPPINGS
 from service.checkpoint.pickle_scan import Scan, read_key_list, scan_pickle
-from service.errors import LimitExceeded, NotACheckpoint, TruncatedFile, UnsupportedContainer
+from service.errors import (
+    AliasBomb,
+    NotACheckpoint,
+    PolyglotFile,
+    StrideBomb,
+    TensorOutOfRange,
+    TruncatedFile,
+    UnsupportedContainer,
+)
 
 _LEGACY_PICKLES_BEFORE = 3  # magic number, protocol version, system facts
 _COUNT = struct.Struct("<q")
@@ -67,10 +75,9 @@ def read_torch_zip(archive: Archive, limits: ReadLimits) -> Any:
         if record is None:
             raise TruncatedFile(f"The archive has no record for storage {storage.key[:40]!r}.")
         if storage.bytes > record:
-            raise LimitExceeded(
+            raise TensorOutOfRange(
                 f"Storage {storage.key[:40]!r} claims {storage.bytes} bytes; its record has "
-                f"{record}.",
-                remedy="The file is damaged or forged; upload the original.",
+                f"{record}."
             )
     _check_expansion(scan, archive.path, limits)
     return _load(archive.path, mapped=True)
@@ -121,14 +128,16 @@ def _check_legacy_storages(file: BinaryIO, length: int, scan: Scan) -> None:
     if claimed > present:
         raise TruncatedFile(f"The file's storages need {claimed} bytes; {present} follow.")
     if claimed < present:
-        raise NotACheckpoint(f"{present - claimed} bytes follow the last storage.")
+        raise PolyglotFile(f"{present - claimed} bytes follow the last storage.")
 
 
 def _check_expansion(scan: Scan, path: Path, limits: ReadLimits) -> None:
     length = path.stat().st_size
     if scan.tensor_bytes > limits.tensor_expansion * length:
         found = f"The tensors of the {length} byte file spread over {scan.tensor_bytes} bytes"
-        raise exceeded(limits, "tensor_expansion", found)
+        # One tensor that repeats its own elements, or several over the same ones.
+        kind = StrideBomb if 2 * scan.repeated_bytes > scan.tensor_bytes else AliasBomb
+        raise exceeded(limits, "tensor_expansion", found, kind)
 
 
 def _load(path: Path, *, mapped: bool) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import Tensor
 
 from service.checkpoint.limits import ReadLimits, exceeded
-from service.errors import NoStateDict, NotACheckpoint
+from service.errors import NoStateDict, OptimizerOnly, UnsafeName
 
 Weights = Literal["model", "ema"]
 
@@ -20,6 +21,8 @@ _EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "params_ema
 _PREFIXES = ("module.", "_orig_mod.")
 _MAX_DEPTH = 4
 _MAX_NAMED = 12
+_LEAVES_ITS_FOLDER = re.compile(r"\\|^/|(^|/)\.{1,2}(/|$)")
+"""A key that names a file elsewhere, for who writes a file for each tensor."""
 
 
 def unwrap(
@@ -30,7 +33,8 @@ def unwrap(
     With "model" the plain weights are taken, and a moving average only from a file that holds
     nothing else; with "ema" the moving average must be there. A prefix that data-parallel
     (`module.`) or compiled (`_orig_mod.`) training put before every key is removed. Entries that
-    are not tensors are left out. Raises NoStateDict, naming the keys that were found.
+    are not tensors are left out. Raises NoStateDict or OptimizerOnly, naming the keys that were
+    found, and what `check_keys` raises.
     """
     top = _mapping(loaded)
     if top is None:
@@ -55,19 +59,24 @@ def unwrap(
         )
     state = {key: value for key, value in found.items() if isinstance(value, Tensor)}
     if not state or not all(isinstance(key, str) for key in state):
-        raise NoStateDict(_why_none(top), keys=_shown(top))
+        raise _none(top)
     check_keys(state, limits)
     prefixes, state = _without_prefixes(state)
     return state, (*wrappers, *prefixes)
 
 
 def check_keys(state: dict[str, Tensor], limits: ReadLimits) -> None:
-    """Raises LimitExceeded for a long key and NotACheckpoint for one that cannot be shown."""
+    """Raises LimitExceeded for a long key and UnsafeName for one that cannot be shown or used.
+
+    A slash inside is let through: HDF5 files hold such keys.
+    """
     for key in state:
         if len(key) > limits.key_characters:
             raise exceeded(limits, "key_characters", f"A key has {len(key)} characters")
         if not key.isprintable():
-            raise NotACheckpoint(f"The key {key[:80]!r} holds characters that cannot be shown.")
+            raise UnsafeName(f"The key {key[:80]!a} holds characters that cannot be shown.")
+        if _LEAVES_ITS_FOLDER.search(key):
+            raise UnsafeName(f"The key {key[:80]!r} is a path out of its folder.")
 
 
 def _mapping(value: object) -> dict[Any, Any] | None:
@@ -80,14 +89,23 @@ def _first(found: dict[Any, Any], names: Iterable[str]) -> str | None:
     return next((name for name in names if _leads_to_tensors(found.get(name))), None)
 
 
-def _leads_to_tensors(value: object, depth: int = _MAX_DEPTH) -> bool:
-    inner = _mapping(value)
-    if inner is None:
+def _leads_to_tensors(
+    value: object, depth: int = _MAX_DEPTH, barren: set[tuple[int, int]] | None = None
+) -> bool:
+    """`barren` are mappings, by identity, that were seen to lead nowhere at a depth.
+
+    Without it a mapping that is wrapped in every name at every depth is gone through 50,000 times.
+    """
+    barren = set() if barren is None else barren
+    if not isinstance(value, dict) or (id(value), depth) in barren:
         return False
-    if any(isinstance(key, str) and isinstance(item, Tensor) for key, item in inner.items()):
+    if any(isinstance(key, str) and isinstance(item, Tensor) for key, item in dict.items(value)):
         return True
-    nested = (inner.get(name) for name in (*_MODEL_KEYS, *_EMA_KEYS))
-    return depth > 0 and any(_leads_to_tensors(item, depth - 1) for item in nested)
+    nested = (dict.get(value, name) for name in (*_MODEL_KEYS, *_EMA_KEYS))
+    found = depth > 0 and any(_leads_to_tensors(item, depth - 1, barren) for item in nested)
+    if not found:
+        barren.add((id(value), depth))
+    return found
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
@@ -100,13 +118,15 @@ def _without_prefixes(state: dict[str, Tensor]) -> tuple[list[str], dict[str, Te
         state = {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def _why_none(top: dict[Any, Any]) -> str:
-    keys = _named(top)
+def _none(top: dict[Any, Any]) -> NoStateDict:
+    keys, shown = _named(top), _shown(top)
     if "param_groups" in top or ("optimizer" in top and not _first(top, _MODEL_KEYS)):
-        return f"The file holds an optimizer's state but no weights; its keys are {keys}."
+        text = f"The file holds an optimizer's state but no weights; its keys are {keys}."
+        return OptimizerOnly(text, keys=shown)
     if not top:
-        return "The file holds an empty mapping."
-    return f"The file's mapping leads to no tensors by name; its keys are {keys}."
+        return NoStateDict("The file holds an empty mapping.", keys=shown)
+    text = f"The file's mapping leads to no tensors by name; its keys are {keys}."
+    return NoStateDict(text, keys=shown)
 
 
 def _shown(top: dict[Any, Any]) -> list[str]:

@@ -49,11 +49,18 @@ def _all(tensor: Tensor, test: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    # A small float type does not implement every comparison; float32 holds all its values.
-    flat = tensor.reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
-        part = flat[start : start + _CHUNK_ELEMENTS]
-        yield part if part.dtype.itemsize > 1 else part.float()
+    """Views of at most `_CHUNK_ELEMENTS` elements that make up the tensor, in no stated order.
+
+    The longest axis is halved: flattening a view that is not contiguous would copy all of it.
+    """
+    if tensor.numel() > _CHUNK_ELEMENTS:
+        axis = max(range(tensor.dim()), key=tensor.size)
+        half = tensor.size(axis) // 2
+        yield from _parts(tensor.narrow(axis, 0, half))
+        yield from _parts(tensor.narrow(axis, half, tensor.size(axis) - half))
+    elif tensor.numel():
+        # A small float type does not implement every comparison; float32 holds all its values.
+        yield tensor if tensor.dtype.itemsize > 1 else tensor.float()
 
 
 def _named(keys: list[str]) -> str:

@@ -19,7 +19,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from service.errors import InvalidProgram, LimitExceeded
+from service.errors import (
+    DuplicateKey,
+    HeaderTooLarge,
+    InvalidProgram,
+    LimitExceeded,
+    NestingTooDeep,
+    PickledTensor,
+    StrideBomb,
+    TensorOutOfRange,
+    UnexpectedEntry,
+)
 
 Places: TypeAlias = Mapping[str, tuple[int, int]]
 """Entry name below the archive's one folder -> (first byte in the file, length)."""
@@ -79,13 +89,13 @@ class Pt2Limits:
     graph_constant_bytes: int = 64 << 20
     graph_value_bytes: int = 8 << 30
 
-    def check(self, name: str, found: float, what: str) -> None:
-        """Raise LimitExceeded when `found` is above the field `name`."""
+    def check(
+        self, name: str, found: float, what: str, kind: type[LimitExceeded] = LimitExceeded
+    ) -> None:
+        """Raise LimitExceeded, or its `kind`, when `found` is above the field `name`."""
         limit = getattr(self, name)
         if found > limit:
-            raise LimitExceeded(
-                f"{what}: {found:g}, while {name} is {limit:g}.", limit=name, value=limit
-            )
+            raise kind(f"{what}: {found:g}, while {name} is {limit:g}.", limit=name, value=limit)
 
 
 @dataclass(frozen=True)
@@ -144,11 +154,9 @@ class Pt2Archive:
     def _check_entries(self) -> None:
         unknown = sorted(name for name in self._places if not _KNOWN.fullmatch(name))
         if unknown:
-            raise InvalidProgram(
+            raise UnexpectedEntry(
                 f"The archive holds {unknown[0][:80]!r}, which is not part of a plain export "
                 "(graph and raw tensors).",
-                remedy="Save it again with torch 2.13: torch.export.save(program, path), without "
-                "extra files, compiled libraries, custom objects or tensor subclasses.",
                 entry=unknown[0][:80],
             )
         missing = sorted({_GRAPH, *_PLAIN, *_TABLES.values()} - self._places.keys())
@@ -166,7 +174,7 @@ class Pt2Archive:
     def _read(self, entry: str, most: int) -> bytes:
         start, length = self._places[entry]
         if length > most:
-            raise LimitExceeded(
+            raise HeaderTooLarge(
                 f"The archive's {entry} has {length} bytes; header_bytes is {most}.",
                 limit="header_bytes",
                 value=most,
@@ -187,10 +195,12 @@ class Pt2Archive:
     def _json(self, entry: str) -> dict[str, Any]:
         data = self._read(entry, self._limits.header_bytes)
         count = sum(map(data.count, (b"{", b"[", b",")))
-        self._limits.check("graph_values", count, f"Values in {entry}")
+        self._limits.check("graph_values", count, f"Values in {entry}", HeaderTooLarge)
         try:
             document = json.loads(data, object_pairs_hook=_once, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise NestingTooDeep(f"{entry} is not valid JSON: it is nested too deeply.") from None
+        except ValueError as error:
             raise InvalidProgram(f"{entry} is not valid JSON: {str(error)[:120]}.") from None
         return fields(document, entry)
 
@@ -206,10 +216,7 @@ class Pt2Archive:
         path = payload.get("path_name")
         entry = f"{folder}{path}"
         if payload.get("use_pickle") is not False:
-            raise InvalidProgram(
-                f"{what} is stored as a pickle, which is never loaded.",
-                remedy="Export the module with plain tensors instead of tensor subclasses.",
-            )
+            raise PickledTensor(f"{what} is stored as a pickle, which is never loaded.")
         if not isinstance(path, str) or path.endswith(".json") or entry not in self._places:
             raise InvalidProgram(f"{what} names {str(path)[:80]!r}, which is no tensor record.")
         meta = fields(payload.get("tensor_meta"), f"The layout of {what}")
@@ -229,13 +236,14 @@ class Pt2Archive:
             held = self._places[record.entry][1]
             need = record.reach * record.dtype.itemsize
             if need > held:
-                raise LimitExceeded(
-                    f"Tensor {name[:80]!r} reaches to byte {need} of a record of {held} bytes.",
-                    remedy="The file is damaged or forged; export it again.",
+                raise TensorOutOfRange(
+                    f"Tensor {name[:80]!r} reaches to byte {need} of a record of {held} bytes."
                 )
             total += record.bytes
         ratio = total / self._path.stat().st_size
-        self._limits.check("tensor_expansion", ratio, "The tensors' bytes over the file's")
+        self._limits.check(
+            "tensor_expansion", ratio, "The tensors' bytes over the file's", StrideBomb
+        )
 
 
 def tensor_kind(meta: Mapping[str, Any], what: str) -> tuple[torch.dtype, list[Any]]:
@@ -284,7 +292,7 @@ def natural(value: Any, what: str) -> int:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise DuplicateKey("A key stands twice in a JSON document of the archive.")
     return found
 
 

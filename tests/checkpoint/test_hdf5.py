@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from service.errors import (
+    AliasBomb,
     CheckpointError,
+    ExternalReference,
+    FilteredDataset,
     LimitExceeded,
-    NotACheckpoint,
-    TruncatedFile,
+    NestingTooDeep,
+    TensorOutOfRange,
+    UnsafeName,
     UnsupportedContainer,
 )
 from tests.networks import cases
@@ -126,14 +130,14 @@ def _odd_enum(file: Any) -> None:
 
 
 HOSTILE: list[tuple[Callable[[Any], Any], type[CheckpointError], str]] = [
-    (_soft_link, UnsupportedContainer, "'w'.*link"),
-    (_external_link, UnsupportedContainer, "'w'.*link"),
-    (_external_bytes, UnsupportedContainer, "'w'.*another file"),
-    (_virtual, UnsupportedContainer, "'w'.*virtual"),
-    (_never_written, TruncatedFile, "'w' needs 40000000000 bytes; the file has 0"),
-    (_ring, NotACheckpoint, "contains itself"),
-    (_many_names, LimitExceeded, "tensor_expansion"),
-    (_deep, NotACheckpoint, "too deep"),
+    (_soft_link, ExternalReference, "'w'.*link"),
+    (_external_link, ExternalReference, "'w'.*link"),
+    (_external_bytes, ExternalReference, "'w'.*another file"),
+    (_virtual, ExternalReference, "'w'.*virtual"),
+    (_never_written, TensorOutOfRange, "'w' needs 40000000000 bytes; the file has 0"),
+    (_ring, NestingTooDeep, "contains itself"),
+    (_many_names, AliasBomb, "tensor_expansion"),
+    (_deep, NestingTooDeep, "too deep"),
     (_text, UnsupportedContainer, "does not hold numbers"),
     (_references, UnsupportedContainer, "does not hold numbers"),
     (lambda f: f.create_dataset("w", data=h5py.Empty("f4")), UnsupportedContainer, "no shape"),
@@ -147,16 +151,16 @@ HOSTILE: list[tuple[Callable[[Any], Any], type[CheckpointError], str]] = [
     (lambda f: f.create_dataset("w", data=np.ones(2, "u8")), UnsupportedContainer, "uint64"),
     (
         lambda f: f.create_dataset("w", data=np.zeros(10**6, "f4"), compression="gzip"),
-        UnsupportedContainer,
+        FilteredDataset,
         "compressed",
     ),
     (
         lambda f: f.create_dataset("w", data=np.zeros(8, "f4"), chunks=(4,)),
-        UnsupportedContainer,
+        FilteredDataset,
         "chunked",
     ),
     (lambda f: f.create_dataset("k" * 600, data=np.ones(1)), LimitExceeded, "key_characters"),
-    (lambda f: f.create_dataset("a\nb", data=np.ones(1)), NotACheckpoint, "cannot be shown"),
+    (lambda f: f.create_dataset("a\nb", data=np.ones(1)), UnsafeName, "cannot be shown"),
     (lambda f: f.__setitem__("w", np.dtype("f4")), UnsupportedContainer, "neither"),
 ]
 

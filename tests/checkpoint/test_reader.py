@@ -25,6 +25,7 @@ from service.errors import (
     EmptyFile,
     LimitExceeded,
     NotACheckpoint,
+    TorchScriptArchive,
     TruncatedFile,
     UnsupportedContainer,
 )
@@ -163,8 +164,8 @@ def _zip(*names: str) -> bytes:
         (b"GGUF" + bytes(100), UnsupportedContainer, "GGUF"),
         (_zip(), NotACheckpoint, "empty zip"),
         (_zip("word/document.xml"), NotACheckpoint, "not one that torch.save wrote"),
-        (_zip("net/data.pkl", "net/constants.pkl"), UnsupportedContainer, "TorchScript"),
-        (_zip("net/data.pkl", "net/code/__torch__.py"), UnsupportedContainer, "TorchScript"),
+        (_zip("net/data.pkl", "net/constants.pkl"), TorchScriptArchive, "TorchScript"),
+        (_zip("net/data.pkl", "net/code/__torch__.py"), TorchScriptArchive, "TorchScript"),
         (_zip("e/models/model.json"), UnsupportedContainer, "torch.export"),
         (_zip("serialized_exported_program.json"), UnsupportedContainer, "torch.export"),
         (pickle.dumps({"w": [1, 2]}), UnsupportedContainer, "plain pickle"),

@@ -10,7 +10,9 @@ import torch
 from service.errors import (
     CheckpointError,
     LimitExceeded,
+    NestingTooDeep,
     NotACheckpoint,
+    TensorOutOfRange,
     TruncatedFile,
     UnsupportedContainer,
 )
@@ -37,8 +39,8 @@ def test_the_forge_makes_a_good_file(tmp_path: Path) -> None:
         ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, 12, None, "overlap"),
         ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 12, 20)}, 20, None, "hole"),
         ({"a": entry("F32", [2], 4, 12)}, 12, None, "hole"),
-        ({"a": entry("F32", [3], 0, 8)}, 8, None, "needs 12 bytes"),
-        ({"a": entry("F32", [2], 8, 0)}, 8, None, "range has -8"),
+        ({"a": entry("F32", [3], 0, 8)}, 8, TensorOutOfRange, "needs 12 bytes"),
+        ({"a": entry("F32", [2], 8, 0)}, 8, TensorOutOfRange, "range has -8"),
         ({"a": entry("F32", [-2], 0, 8)}, 8, None, "malformed"),
         ({"a": entry("F32", [2**63], 0, 8)}, 8, None, "malformed"),
         ({"a": entry("F32", [True], 0, 4)}, 4, None, "malformed"),
@@ -54,7 +56,7 @@ def test_the_forge_makes_a_good_file(tmp_path: Path) -> None:
         (b'{"a": "\xff"}', 0, None, "not valid"),
         (b'{"a": {"dtype": "F32", "dtype": "F32"}}', 0, None, "twice"),
         (b'{"a": 1, "a": 2}', 0, None, "twice"),
-        (b'{"a":' * 100_000, 0, None, "not valid"),
+        (b'{"a":' * 100_000, 0, NestingTooDeep, "too deeply"),
     ],
 )
 def test_each_broken_rule_is_said(

@@ -18,7 +18,9 @@ from torch import nn
 from service.errors import (
     CheckpointError,
     LimitExceeded,
+    NestingTooDeep,
     NotACheckpoint,
+    TensorOutOfRange,
     TruncatedFile,
     UnsafePickle,
     UnsupportedContainer,
@@ -136,7 +138,7 @@ def test_calls_that_torch_would_make_are_refused(path: Path, what: str) -> None:
 def test_a_storage_that_claims_more_than_its_record_is_refused(path: Path) -> None:
     record = {"0": bytes(400)}
     forge.read(archive(path, one_tensor([100], [1], 100), record))
-    with pytest.raises(LimitExceeded, match="claims 404 bytes; its record has 400"):
+    with pytest.raises(TensorOutOfRange, match="claims 404 bytes; its record has 400"):
         forge.read(archive(path, one_tensor([100], [1], 101), record))
 
 
@@ -161,7 +163,7 @@ def test_a_storage_may_not_be_two_things(path: Path) -> None:
 def test_a_view_beyond_its_storage_is_refused(
     path: Path, size: list[int], stride: list[int], offset: int
 ) -> None:
-    with pytest.raises(LimitExceeded, match="reaches element"):
+    with pytest.raises(TensorOutOfRange, match="reaches element"):
         forge.read(archive(path, one_tensor(size, stride, 100, offset), {"0": bytes(400)}))
 
 
@@ -210,12 +212,19 @@ def test_a_legacy_pickle_has_the_same_limit(path: Path) -> None:
         forge.read(path, pickle_bytes=300)
 
 
-def test_deep_nesting_is_no_trouble(path: Path) -> None:
-    deep = b"N" + b"\x85" * 200_000
-    archive(
-        path, state_pickle({"w": tensor(storage("0", 1), [1], [1]), "x": deep}), {"0": bytes(4)}
-    )
-    assert list(forge.read(path).state) == ["w"]
+@pytest.mark.parametrize(
+    "nested", [lambda n: b"N" + b"\x85" * n, lambda n: b"]" * n + b"a" * (n - 1)]
+)
+def test_nesting_has_a_limit(path: Path, nested: Callable[[int], bytes]) -> None:
+    def read(levels: int) -> None:
+        entries = {"w": tensor(storage("0", 1), [1], [1]), "x": nested(levels)}
+        archive(path, state_pickle(entries), {"0": bytes(4)})
+        assert list(forge.read(path, nesting=50).state) == ["w"]
+
+    read(49)  # the state dict itself is the fiftieth
+    for levels in (50, 200_000):
+        with pytest.raises(NestingTooDeep, match="nesting is 50"):
+            read(levels)
 
 
 def test_compressed_entries_are_refused(path: Path) -> None:

@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from service.errors import (
+    ArchiveBomb,
     CheckpointError,
+    DuplicateKey,
     FoldserveError,
     GraphError,
     InvalidProgram,
     LimitExceeded,
     NotACheckpoint,
+    TensorOutOfRange,
     TruncatedFile,
     UnsupportedContainer,
     UnsupportedOperator,
@@ -325,7 +328,7 @@ def test_a_deflated_bomb_is_refused_before_it_grows(path: Path, honest: Entries)
     assert path.stat().st_size < 1 << 20
     with pytest.raises(CheckpointError) as raised:
         read(path)
-    assert type(raised.value) is LimitExceeded
+    assert type(raised.value) is ArchiveBomb
     written(path, {k: v for k, v in honest.items() if k != "archive_version"})
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("net/archive_version", "0")
@@ -368,14 +371,14 @@ def test_every_cut_is_refused(path: Path, honest: Entries) -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "says"),
     [
-        ({"storage_offset": {"as_int": 1}}, LimitExceeded, "reaches to byte 436 of .* 432"),
+        ({"storage_offset": {"as_int": 1}}, TensorOutOfRange, "reaches to byte 436 of .* 432"),
         ({"storage_offset": {"as_int": -1}}, InvalidProgram, "plain number"),
         ({"storage_offset": {"as_int": True}}, InvalidProgram, "plain number"),
-        ({"dtype": 8}, LimitExceeded, "reaches"),
+        ({"dtype": 8}, TensorOutOfRange, "reaches"),
         ({"dtype": 10}, InvalidProgram, "element type"),
         ({"dtype": 99}, InvalidProgram, "element type"),
         ({"layout": 1}, InvalidProgram, "not dense"),
-        ({"strides": [{"as_int": 1 << 39}] * 4}, LimitExceeded, "reaches"),
+        ({"strides": [{"as_int": 1 << 39}] * 4}, TensorOutOfRange, "reaches"),
         ({"strides": [{"as_int": 1}] * 3}, InvalidProgram, "4 sizes but 3 strides"),
         ({"strides": [{"as_int": -1}] * 4}, InvalidProgram, "plain number"),
         ({"strides": [{"as_expr": {"expr_str": "27"}}] * 4}, InvalidProgram, "plain number"),
@@ -584,7 +587,7 @@ def test_calls_cannot_ask_for_memory_or_more(
 )
 def test_documents_are_strict_json(path: Path, honest: Entries, data: bytes, says: str) -> None:
     for entry in ("models/model.json", "data/weights/model_weights_config.json"):
-        with pytest.raises((InvalidProgram, LimitExceeded), match=says):
+        with pytest.raises((InvalidProgram, LimitExceeded, DuplicateKey), match=says):
             read(written(path, {**honest, entry: data}))
 
 
