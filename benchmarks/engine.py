@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from service.bench import BatchComparison, BenchPlan, Comparison, Subject, compare
 from service.fusion import certify, fuse
 from service.graph import Program, trace
-from service.networks import RepVGG
-from service.networks.repvgg import REPVGG
+from service.networks import known_names, make_network
 from service.serving import LoadOptions, Precision, available_cpus, backend_named, backend_names
 from service.serving.backends.torch_cpu import cpu_name
 
@@ -72,11 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def network(name: str, seed: int) -> nn.Module:
-    """A published RepVGG with seeded weights and batch norms that have seen different data."""
+    """A published network with seeded weights and batch norms that have seen different data."""
     torch.manual_seed(seed)
-    module = RepVGG(**REPVGG[name])
+    return with_seen_data(make_network(name))
+
+
+def with_seen_data(module: nn.Module) -> nn.Module:
+    """`module` with random affine parameters and statistics in its batch norms."""
     for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias, std=0.2)
             norm.running_mean = torch.randn(norm.num_features) * 0.2
@@ -150,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--network", default="RepVGG-A0", choices=sorted(REPVGG))
+    parser.add_argument("--network", default="RepVGG-A0", choices=known_names(), metavar="NAME")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--batches", type=_numbers, default=[1, 8, 32], help="such as 1,8,32")
     parser.add_argument("--seconds", type=float, default=40.0, help="budget of one pair")

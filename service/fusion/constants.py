@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.fusion.memory import Trimmer
 from service.graph.operators import ATEN, DTYPES, OPERATORS
 from service.graph.program import Argument, DType, Node, Program, Ref
 
@@ -30,6 +31,7 @@ class Constants(Mapping[str, Tensor]):
         self._values: dict[str, Any] = {}
         self._pending: dict[str, Node] = {}
         self._expansions: set[str] = set()
+        self._trimmer = Trimmer()
         for node in program.nodes:
             reads = list(node.refs())
             if self._is_batch_expansion(node):
@@ -64,6 +66,7 @@ class Constants(Mapping[str, Tensor]):
     def copy(self, name: str) -> Tensor:
         """A constant as a new tensor, floating ones in float64."""
         value = self._weights[name] if name in self._weights else self[name]
+        self._trimmer.made(8 * value.numel())
         return torch.clone(value) if value.dtype is torch.float64 else _widened(value)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -13,7 +13,13 @@ from service.networks.config import ModelConfig, Preprocessing, Requested
 from service.networks.dbb import DiverseBranchBlock
 from service.networks.mobilenet import MobileNetV1
 from service.networks.parts import Part, find_parts
-from service.networks.recognition import Recognition, build, known_names, recognise
+from service.networks.recognition import (
+    Recognition,
+    build,
+    known_names,
+    make_network,
+    recognise,
+)
 from service.networks.repvgg import RepVGG, RepVGGBlock, RepVGGplus
 from service.networks.resnet import ResNet
 
@@ -37,5 +43,6 @@ __all__ = [
     "deploy_skeleton",
     "find_parts",
     "known_names",
+    "make_network",
     "recognise",
 ]

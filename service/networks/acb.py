@@ -22,7 +22,7 @@ class ACBlock(Reparameterizable):
     """
 
     deploy_name = "fused_conv"
-    kept = ("act",)
+    tail = ("act",)
 
     def __init__(
         self,
@@ -62,10 +62,6 @@ class ACBlock(Reparameterizable):
         square: Tensor = self.square_bn(self.square_conv(x))
         thin: Tensor = self.ver_bn(self.ver_conv(tall)) + self.hor_bn(self.hor_conv(wide))
         return square + thin
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
 
 
 _KERNELS = ("square_conv.weight", "fused_conv.weight")

@@ -2,8 +2,8 @@
 
 A block computes `tail(branches(entry(x)))`: `branches` is linear in evaluation mode, so that it can
 become one convolution; `entry`, which few blocks have, and `tail` (squeeze-and-excitation, an
-activation) stay as they are. A block only declares; how branches become one kernel is the business
-of `service.fusion`.
+activation) stay as they are. The training form and the deploy form are two classes, and the second
+is made from the first. How branches become one kernel is the business of `service.fusion`.
 """
 
 from __future__ import annotations
@@ -43,44 +43,70 @@ class Geometry:
 
 
 class Reparameterizable(nn.Module):
-    """A multi-branch block that equals one layer in evaluation mode.
+    """A multi-branch block in its training form: entry, branches, tail.
 
-    Subclasses set `deploy_name` (the official name of that one layer inside the block; empty where
-    the layer takes the block's own place), list in `kept` the children that entry and tail use,
-    and define `branches`. `stored` are children that the official deploy form stores without using
-    them. Input and output are (N, C, H, W) float tensors.
+    Subclasses define `branches`, which equals one layer in evaluation mode, and declare the rest:
+    `entry` and `tail` name the children that precede and follow the branches, in order, and
+    `deploy_name` is the official name of the one layer inside the block (empty where the layer
+    takes the block's own place). `stored` are children that the official deploy form stores
+    without using them. Input and output are (N, C, H, W) float tensors.
     """
 
     deploy_name: ClassVar[str]
-    kept: ClassVar[tuple[str, ...]] = ()
+    entry: ClassVar[tuple[str, ...]] = ()
+    tail: ClassVar[tuple[str, ...]] = ()
     stored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.geometry = geometry
-        self.folded = False
 
-    def entry(self, x: Tensor) -> Tensor:
-        """What precedes the branches; nothing by default."""
-        return x
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The children that the deploy form uses as they are."""
+        return self.entry + self.tail
 
     def branches(self, x: Tensor) -> Tensor:
         """The linear multi-branch part."""
         raise NotImplementedError
-
-    def tail(self, x: Tensor) -> Tensor:
-        """What follows the branches; nothing by default."""
-        return x
 
     def deploy_layer(self) -> nn.Module:
         """The plain layer that the branches equal, not yet holding their weights."""
         return self.geometry.conv(bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.entry(x)
-        if self.folded:
-            return self.tail(self.get_submodule(self.deploy_name)(x))
-        return self.tail(self.branches(x))
+        return _through(self, self.tail, self.branches(_through(self, self.entry, x)))
+
+
+class DeployBlock(nn.Module):
+    """The deploy form of a block: its layer under the official key, between its entry and tail.
+
+    It has copies of what the block keeps, and nothing of its branches.
+    """
+
+    def __init__(self, block: Reparameterizable) -> None:
+        super().__init__()
+        self.entry, self.tail, self.layer = block.entry, block.tail, block.deploy_name
+        for name, child in block.named_children():
+            if name in {*block.kept, *block.stored}:
+                self.add_module(name, deploy_skeleton(child))
+        *containers, last = block.deploy_name.split(".")
+        parent: nn.Module = self
+        for name in containers:
+            parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(last, block.deploy_layer())
+        self.train(block.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.get_submodule(self.layer)(_through(self, self.entry, x))
+        return _through(self, self.tail, x)
+
+
+def _through(module: nn.Module, children: tuple[str, ...], x: Tensor) -> Tensor:
+    for name in children:
+        x = module.get_submodule(name)(x)
+    return x
 
 
 def blocks_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Reparameterizable]]:
@@ -107,46 +133,25 @@ def deploy_names(module: nn.Module) -> dict[str, str]:
 
 
 def deploy_skeleton(module: nn.Module) -> nn.Module:
-    """A copy in which every block holds one plain layer under its official deploy key.
+    """A copy in which every block is its deploy form: one plain layer under its official key.
 
     A module that is no block itself may list in `absorbed` the paths of its own modules and
     parameters that its blocks' layers take over; they become None.
 
     The layers hold fresh weights: a deploy-form state dict is loaded into the result strictly.
-    The input is not changed.
+    The input is not changed, and the weights of its branches are not copied.
     """
-    if isinstance(module, Reparameterizable) and not module.deploy_name:
-        return module.deploy_layer().train(module.training)
-    skeleton = copy.deepcopy(module)
-    _fold_children(skeleton)
+    blocks = [block for _, block in blocks_of(module)]
+    skeleton = copy.deepcopy(module, {id(block): _deployed(block) for block in blocks})
+    for part in list(skeleton.modules()):
+        for path in getattr(part, "absorbed", ()):
+            parent, _, name = path.rpartition(".")
+            setattr(part.get_submodule(parent), name, None)
     return skeleton
 
 
-def _fold_children(module: nn.Module) -> None:
-    if isinstance(module, Reparameterizable):
-        _drop_branches(module)
-    for path in getattr(module, "absorbed", ()):
-        # What a block's layer takes over from outside the block: a norm, a shift, a scale.
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, None)
-    for name, child in list(module.named_children()):
-        if isinstance(child, Reparameterizable) and not child.deploy_name:
-            setattr(module, name, child.deploy_layer().train(child.training))
-        else:
-            _fold_children(child)
-
-
-def _drop_branches(block: Reparameterizable) -> None:
-    own = {*block._modules, *block._parameters, *block._buffers}
-    for name in own - {*block.kept, *block.stored}:
-        delattr(block, name)
-    block.folded = True
-    parent: nn.Module = block
-    *containers, last = block.deploy_name.split(".")
-    for name in containers:
-        parent.add_module(name, nn.Module())
-        parent = parent.get_submodule(name)
-    parent.add_module(last, block.deploy_layer().train(block.training))
+def _deployed(block: Reparameterizable) -> nn.Module:
+    return DeployBlock(block) if block.deploy_name else block.deploy_layer().train(block.training)
 
 
 def join(prefix: str, name: str) -> str:

@@ -52,6 +52,7 @@ class ConvBN(Reparameterizable):
     """
 
     deploy_name = "conv"
+    tail = ("act",)
 
     def __init__(self, geometry: Geometry, *, act: str | None = None, eps: float = 1e-5) -> None:
         super().__init__(geometry)
@@ -61,10 +62,6 @@ class ConvBN(Reparameterizable):
 
     def branches(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn(self.conv(x))
-        return out
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
         return out
 
 

@@ -41,7 +41,7 @@ class DiverseBranchBlock(Reparameterizable):
     """
 
     deploy_name = "dbb_reparam"
-    kept = ("act",)
+    tail = ("act",)
 
     def __init__(
         self,
@@ -88,10 +88,6 @@ class DiverseBranchBlock(Reparameterizable):
     def branches(self, x: Tensor) -> Tensor:
         out: Tensor = self.dbb_origin(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)
         return out if self.dbb_1x1 is None else out + self.dbb_1x1(x)
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
 
 
 def identity_kernel(channels: int, groups: int) -> Tensor:

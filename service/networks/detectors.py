@@ -28,7 +28,7 @@ class TwoKernels(Reparameterizable):
 
     names: ClassVar[tuple[str, str, str]]
     pair: ClassVar[tuple[str, str]] = ("conv", "bn")
-    kept: ClassVar[tuple[str, ...]] = ("act",)
+    tail: ClassVar[tuple[str, ...]] = ("act",)
 
     def __init__(
         self,
@@ -64,10 +64,6 @@ class TwoKernels(Reparameterizable):
             out = out * self.alpha
         out = self.get_submodule(large)(x) + out
         return out + self.get_submodule(norm)(x) if self.identity else out
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
 
 
 class RepConv(TwoKernels):
@@ -115,7 +111,7 @@ class SGQARepVGGBlock(Reparameterizable):
     """
 
     deploy_name = "rbr_reparam"
-    kept = ("act",)
+    tail = ("act",)
 
     def __init__(
         self,
@@ -150,10 +146,6 @@ class SGQARepVGGBlock(Reparameterizable):
         normed: Tensor = self.post_bn(out + x if self.identity else out)
         return normed
 
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
-
 
 class ChannelScale(nn.Module):
     """A learned factor a channel, under the key `weight`."""
@@ -173,7 +165,7 @@ class LinearAddBlock(Reparameterizable):
     """
 
     deploy_name = "rbr_reparam"
-    kept = ("act",)
+    tail = ("act",)
 
     def __init__(
         self,
@@ -202,10 +194,6 @@ class LinearAddBlock(Reparameterizable):
         out = out if self.scale_identity is None else out + self.scale_identity(x)
         normed: Tensor = self.bn(out)
         return normed
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
 
 
 class ImplicitHead(Reparameterizable):

@@ -71,7 +71,7 @@ class ECB(Reparameterizable):
     """
 
     deploy_name = "conv3x3"
-    kept = ("act",)
+    tail = ("act",)
 
     def __init__(
         self,
@@ -98,10 +98,6 @@ class ECB(Reparameterizable):
         edges: Tensor = self.conv1x1_sbx(x) + self.conv1x1_sby(x) + self.conv1x1_lpl(x)
         out = out + edges
         return out + x if self.identity else out
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
 
 
 class ECBSR(nn.Module):

@@ -26,7 +26,7 @@ class MobileOneBlock(Reparameterizable):
     """
 
     deploy_name = "reparam_conv"
-    kept = ("se", "act")
+    tail = ("se", "act")
 
     def __init__(
         self,
@@ -67,10 +67,6 @@ class MobileOneBlock(Reparameterizable):
         for out in outs[1:]:
             total = total + out
         return total
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(self.se(x))
-        return out
 
 
 class MobileOne(nn.Module):

@@ -158,7 +158,7 @@ class SqueezedKernel(nn.Module):
 class _OnlineBlock(Reparameterizable):
     """One convolution with a generated kernel, batch norm and an activation."""
 
-    kept = ("act",)
+    tail = ("act",)
 
     def __init__(self, geometry: Geometry, act: str | None) -> None:
         super().__init__(geometry)
@@ -170,10 +170,6 @@ class _OnlineBlock(Reparameterizable):
 
     def branches(self, x: Tensor) -> Tensor:
         out: Tensor = self.get_submodule("bn")(convolve(x, self.kernel(), self.geometry))
-        return out
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
         return out
 
 
@@ -292,7 +288,7 @@ class OREPARepVGGBlock(Reparameterizable):
     """RepVGG's block with the 3x3 branch squeezed from five (OREPA-RepVGG, also in YOLOv7)."""
 
     deploy_name = "rbr_reparam"
-    kept = ("act", "se")
+    tail = ("se", "act")
 
     def __init__(
         self,
@@ -329,10 +325,6 @@ class OREPARepVGGBlock(Reparameterizable):
         )
         out: Tensor = dense + self.rbr_1x1(x)
         return out if self.rbr_identity is None else out + self.rbr_identity(x)
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(self.se(x))
-        return out
 
 
 def convolve(x: Tensor, kernel: Tensor, geometry: Geometry) -> Tensor:

@@ -30,7 +30,7 @@ class QARepVGGBlock(Reparameterizable):
     """
 
     deploy_name = "rbr_reparam"
-    kept: ClassVar[tuple[str, ...]] = ("act",)
+    tail: ClassVar[tuple[str, ...]] = ("act",)
 
     def __init__(
         self,
@@ -69,22 +69,14 @@ class QARepVGGBlock(Reparameterizable):
         out: Tensor = self.bn(self.total(x))
         return out
 
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
-
 
 class YoloQARepVGGBlock(QARepVGGBlock):
     """The same, whose official deploy form keeps the last batch norm beside the folded kernel."""
 
-    kept: ClassVar[tuple[str, ...]] = ("bn", "act")
+    tail: ClassVar[tuple[str, ...]] = ("bn", "act")
 
     def branches(self, x: Tensor) -> Tensor:
         return self.total(x)
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(self.bn(x))
-        return out
 
 
 class QARepVGG(StagedVGG):

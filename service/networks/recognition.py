@@ -96,11 +96,7 @@ def _recognise(shapes: Mapping[str, Shape], config: ModelConfig) -> Recognition:
     hints = dict(requested.values)
     unknown = set(hints) - set(family.parameters())
     if unknown:
-        raise InvalidConfig(
-            f"`architecture.{min(unknown)}` is not a value of {family.network}.",
-            remedy=f"It has {', '.join(f'`{name}`' for name in family.parameters())}.",
-            field=f"architecture.{min(unknown)}",
-        )
+        raise _unknown_value(family, min(unknown))
     if config.input_shape:
         hints.setdefault("in_channels", config.input_shape[0])
     reading = family.read(keys, hints)
@@ -166,22 +162,27 @@ def known_names() -> list[str]:
     return sorted({name for row in FAMILIES for name in (row.network, *row.named)})
 
 
+def make_network(name: str, **values: Any) -> nn.Module:
+    """A network or block of the table by its name, with fresh weights, ready to be trained.
+
+    `values` are its constructor's, beyond or in place of the published ones. Raises InvalidConfig
+    for an unknown name or values that fit no such network.
+    """
+    family, published = _named(name)
+    complete = {**(published or {}), **values}
+    unknown = set(complete) - set(family.parameters())
+    if unknown:
+        raise _unknown_value(family, min(unknown))
+    try:
+        return family.make(**complete)
+    except (TypeError, ValueError, KeyError) as error:
+        raise InvalidConfig(f"No {name} has the values {_brief(complete)}: {error}.") from error
+
+
 def _choose(keys: Keys, requested: Requested) -> tuple[Family, Values | None]:
     """The family to read with, and the published values if a published network was named."""
     if requested.name is not None:
-        wanted = requested.name.lower()
-        for row in FAMILIES:
-            if row.network.lower() == wanted:
-                return row, None
-            for name, values in row.named.items():
-                if name.lower() == wanted:
-                    return row, values
-        close = get_close_matches(requested.name, known_names(), n=3, cutoff=0.4)
-        raise InvalidConfig(
-            f"`architecture` is {requested.name!r}, which names no known network.",
-            remedy=f"Did you mean {' or '.join(close)}?" if close else "Leave it out, or see docs.",
-            field="architecture",
-        )
+        return _named(requested.name)
     for row in FAMILIES:
         if row.claims(keys):
             return row, None
@@ -189,6 +190,30 @@ def _choose(keys: Keys, requested: Requested) -> tuple[Family, Values | None]:
         f"None of the {len(keys.shapes)} keys belongs to a known re-parameterizable network; "
         f"they begin with {_list(keys.shapes)}.",
         keys=list(keys.shapes)[:50],
+    )
+
+
+def _named(wanted: str) -> tuple[Family, Values | None]:
+    """The family that has this name, and the published values where one of those has it."""
+    for row in FAMILIES:
+        if row.network.lower() == wanted.lower():
+            return row, None
+        for name, values in row.named.items():
+            if name.lower() == wanted.lower():
+                return row, values
+    close = get_close_matches(wanted, known_names(), n=3, cutoff=0.4)
+    raise InvalidConfig(
+        f"`architecture` is {wanted!r}, which names no known network.",
+        remedy=f"Did you mean {' or '.join(close)}?" if close else "Leave it out, or see docs.",
+        field="architecture",
+    )
+
+
+def _unknown_value(family: Family, name: str) -> InvalidConfig:
+    return InvalidConfig(
+        f"`architecture.{name}` is not a value of {family.network}.",
+        remedy=f"It has {', '.join(f'`{known}`' for known in family.parameters())}.",
+        field=f"architecture.{name}",
     )
 
 

@@ -28,7 +28,8 @@ class RepGhostModule(Reparameterizable):
     """
 
     deploy_name = "cheap_operation"
-    kept = ("primary_conv", "act")
+    entry = ("primary_conv",)
+    tail = ("act",)
 
     def __init__(
         self,
@@ -54,19 +55,11 @@ class RepGhostModule(Reparameterizable):
             self.geometry.conv(bias=False), nn.BatchNorm2d(out_channels)
         )
 
-    def entry(self, x: Tensor) -> Tensor:
-        out: Tensor = self.primary_conv(x)
-        return out
-
     def branches(self, x: Tensor) -> Tensor:
         out: Tensor = self.cheap_operation(x)
         for norm in self.fusion_bn:
             out = out + norm(x)
         return out + x if self.identity else out
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
 
 
 class Gate(nn.Module):

@@ -24,7 +24,7 @@ class LargeKernelConv(Reparameterizable):
     """
 
     deploy_name = "lkb_reparam"
-    kept = ("act",)
+    tail = ("act",)
 
     def __init__(
         self,
@@ -50,10 +50,6 @@ class LargeKernelConv(Reparameterizable):
     def branches(self, x: Tensor) -> Tensor:
         out: Tensor = self.lkb_origin(x)
         return out if self.small_conv is None else out + self.small_conv(x)
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(x)
-        return out
 
 
 def unit(geometry: Geometry, act: str | None, *, deep: bool) -> nn.Module:

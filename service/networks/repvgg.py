@@ -26,7 +26,7 @@ class RepVGGBlock(Reparameterizable):
     """
 
     deploy_name = "rbr_reparam"
-    kept = ("act", "se", "post_se")
+    tail = ("se", "act", "post_se")
 
     def __init__(
         self,
@@ -60,10 +60,6 @@ class RepVGGBlock(Reparameterizable):
     def branches(self, x: Tensor) -> Tensor:
         out: Tensor = self.rbr_dense(x) + self.rbr_1x1(x)
         return out if self.rbr_identity is None else out + self.rbr_identity(x)
-
-    def tail(self, x: Tensor) -> Tensor:
-        out: Tensor = self.post_se(self.act(self.se(x)))
-        return out
 
 
 class RepVGG(StagedVGG):

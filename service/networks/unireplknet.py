@@ -32,25 +32,10 @@ DILATED: Mapping[int, tuple[tuple[int, int], ...]] = {
 """Kernel -> (size, dilation) of each branch beside it (paper, section 3.1 and repository)."""
 
 
-def normalise(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """`norm(x)` as part of the block that calls it, for a norm that the block's parent owns."""
-    return F.batch_norm(
-        x,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        norm.training,
-        norm.momentum or 0.0,
-        norm.eps,
-    )
-
-
 class DilatedReparamBlock(Reparameterizable):
     """A large depthwise kernel and dilated small ones, each with batch norm, added (figure 3).
 
-    The dilation of a branch stands only in its key: `dil_conv_k{size}_{dilation}`. `norm`, where
-    the parent gives one, is a batch norm that follows the sum and folds with it.
+    The dilation of a branch stands only in its key: `dil_conv_k{size}_{dilation}`.
     """
 
     deploy_name = "lk_origin"
@@ -80,16 +65,9 @@ class DilatedReparamBlock(Reparameterizable):
             out = out + norm(conv(x))
         return out
 
-    def forward(self, x: Tensor, norm: nn.BatchNorm2d | None = None) -> Tensor:
-        if self.folded:
-            folded: Tensor = self.lk_origin(x)
-            return folded
-        out = self.branches(x)
-        return out if norm is None else normalise(out, norm)
-
 
 class SmallDepthwise(Reparameterizable):
-    """A small depthwise kernel, `weight`, whose batch norm the parent owns."""
+    """A small depthwise kernel, `weight`, without a norm of its own."""
 
     deploy_name = ""
 
@@ -98,10 +76,9 @@ class SmallDepthwise(Reparameterizable):
         super().__init__(Geometry(channels, channels, kernel_size, 1, pad, groups=channels))
         self.weight = nn.Parameter(self.geometry.conv(bias=False).weight.detach())
 
-    def forward(self, x: Tensor, norm: nn.BatchNorm2d | None = None) -> Tensor:
+    def branches(self, x: Tensor) -> Tensor:
         g = self.geometry
-        out = F.conv2d(x, self.weight, None, 1, g.padding, 1, g.groups)
-        return out if norm is None else normalise(out, norm)
+        return F.conv2d(x, self.weight, None, 1, g.padding, 1, g.groups)
 
 
 class ResponseNorm(nn.Module):
@@ -122,42 +99,37 @@ class ResponseNorm(nn.Module):
         return out
 
 
-def pointwise(x: Tensor, linear: nn.Linear) -> Tensor:
+class PointwiseLinear(nn.Linear):
     """A linear layer over the channels of (N, C, H, W)."""
-    return F.conv2d(x, linear.weight.unsqueeze(2).unsqueeze(3), linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.unsqueeze(2).unsqueeze(3), self.bias)
 
 
 class Projection(Reparameterizable):
-    """The second half of the perceptron: shift, linear map, batch norm, layer scale.
-
-    The linear map is stored under `0` and the norm under `2`; shift and scale belong to the parent.
-    """
+    """The second half of the perceptron: a linear map, `0`, and a batch norm, `2`."""
 
     deploy_name = "0"
 
     def __init__(self, inner: int, channels: int) -> None:
         super().__init__(Geometry(inner, channels, 1))
-        self.add_module("0", nn.Linear(inner, channels, bias=False))
+        self.add_module("0", PointwiseLinear(inner, channels, bias=False))
         self.add_module("2", nn.BatchNorm2d(channels))
 
     def deploy_layer(self) -> nn.Module:
-        return nn.Linear(self.geometry.in_channels, self.geometry.out_channels)
+        return PointwiseLinear(self.geometry.in_channels, self.geometry.out_channels)
 
-    def forward(
-        self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None
-    ) -> Tensor:
-        linear = self.get_submodule("0")
-        assert isinstance(linear, nn.Linear)
-        if shift is not None:
-            x = x + shift.reshape(1, -1, 1, 1)
-        x = pointwise(x, linear)
-        if not self.folded:
-            x = self.get_submodule("2")(x)
-        return x if scale is None else x * scale.reshape(1, -1, 1, 1)
+    def branches(self, x: Tensor) -> Tensor:
+        out: Tensor = self.get_submodule("2")(self.get_submodule("0")(x))
+        return out
 
 
 class UniRepLKNetBlock(nn.Module):
-    """A depthwise block, squeeze-and-excitation and a perceptron with response norm; residual."""
+    """A depthwise block, squeeze-and-excitation and a perceptron with response norm; residual.
+
+    The norm after the depthwise block, and shift and scale around the projection, are stored here.
+    The deploy layers take them over.
+    """
 
     absorbed = ("norm", "act.1.beta", "gamma")
 
@@ -172,19 +144,22 @@ class UniRepLKNetBlock(nn.Module):
         self.se = SqueezeExcite(channels, channels // 4)
         inner = channels * ffn_ratio
         self.pwconv1 = nn.Sequential()
-        self.pwconv1.add_module("1", nn.Linear(channels, inner))
+        self.pwconv1.add_module("1", PointwiseLinear(channels, inner))
         self.act = nn.Sequential(nn.GELU(), ResponseNorm(inner))
         self.pwconv2 = Projection(inner, channels)
         self.gamma: nn.Parameter | None = nn.Parameter(torch.full((channels,), 1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
-        # In the deploy form `dwconv` may be a plain convolution, which takes no norm.
-        y = self.dwconv(x) if self.norm is None else self.dwconv(x, self.norm)
-        linear, response = self.pwconv1.get_submodule("1"), self.act.get_submodule("1")
-        assert isinstance(linear, nn.Linear)
+        y = self.dwconv(x)
+        if self.norm is not None:
+            y = self.norm(y)
+        y = self.act(self.pwconv1(self.se(y)))
+        response = self.act.get_submodule("1")
         assert isinstance(response, ResponseNorm)
-        y = self.act(pointwise(self.se(y), linear))
-        out: Tensor = x + self.pwconv2(y, response.beta, self.gamma)
+        if response.beta is not None:
+            y = y + response.beta.reshape(1, -1, 1, 1)
+        y = self.pwconv2(y)
+        out: Tensor = x + (y if self.gamma is None else y * self.gamma.reshape(1, -1, 1, 1))
         return out
 
 

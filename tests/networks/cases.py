@@ -28,6 +28,56 @@ needs_cases = pytest.mark.skipif(
 Case = dict[str, Any]
 
 
+# What the keys cannot tell and an uploader must say.
+SAID = {
+    "replknet31b_small_deepfuse": {"network": "RepLKNet", "deep_fuse": True},
+    "ecbsr": {"network": "ECBSR", "with_idt": True},
+}
+BLOCKS = {
+    "blk_repvgg": "RepVGGBlock",
+    "blk_dbb": "DiverseBranchBlock",
+    "blk_yolov6_repvgg": "RepVGGBlock",
+    "blk_acb": "ACBlock",
+    "blk_orepa_k": "OREPA",
+    "blk_orepa_odd": "OREPA",
+    "blk_orepa_1x1": "OREPA_1x1",
+    "blk_orepa_large": "OREPA_LargeConv",
+    "blk_orepa_vgg": "RepVGGBlock_OREPA",
+    "blk_yolov7_repconv_orepa": "RepVGGBlock_OREPA",
+    "blk_mobileone": "MobileOneBlock",
+    "blk_fastvit_lkb": "ReparamLargeKernelConv",
+    "blk_fastvit_repcpe": "RepCPE",
+    "blk_fastvit_repmixer": "RepMixer",
+    "blk_unirep_dilated": "DilatedReparamBlock",
+    "blk_ecb": "ECB",
+    "blk_yolov6_qarepvgg": "YOLOv6-QARepVGGBlock",
+    "blk_repvit_bn_linear": "BN_Linear",
+    "blk_repvit_repvggdw": "RepVGGDW",
+    "blk_timm_repvggdw_legacy": "RepVGGDW",
+    "blk_yolov9_repconvn": "RepConv",
+    "blk_ultralytics_repconv": "RepConv",
+    "blk_rtdetr": "RTDETR-RepVggBlock",
+    "blk_yolov10_repvggdw": "YOLOv10-RepVGGDW",
+    "blk_yolov7_repconv": "YOLOv7-RepConv",
+    "blk_yolov7_implicit": "YOLOv7-ImplicitHead",
+    "blk_sg_qarepvgg": "SG-QARepVGGBlock",
+    "blk_sg_repvgg": "SG-RepVGGBlock",
+    "blk_yolov6_linearadd": "YOLOv6-LinearAddBlock",
+}
+
+
+def network_of(name: str) -> str | None:
+    """The block class of a bare-block case: the longest prefix that the table has."""
+    prefixes = [prefix for prefix in BLOCKS if name.startswith(prefix)]
+    return BLOCKS[max(prefixes, key=len)] if prefixes else None
+
+
+def said(name: str) -> dict[str, Any]:
+    """Arguments of `built` for a case: what its keys cannot tell."""
+    values = next((values for prefix, values in SAID.items() if name.startswith(prefix)), {})
+    return {"network": network_of(name), **values}
+
+
 def names(*prefixes: str) -> list[str]:
     """The cases whose name begins with one of `prefixes`; none where the folder is absent."""
     stems = sorted(path.stem for path in FOLDER.glob("*.json")) if FOLDER.is_dir() else []
@@ -98,11 +148,15 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def error_f64(name: str, module: nn.Module) -> float:
-    """How far a float64 module is from the official training form, relative; the worst of four.
+    """How far a float64 module is from the official training form, relative; the worst of four."""
+    return output_error(name, outputs(module, input_of(name).double()))
+
+
+def output_error(name: str, got: Tensor) -> float:
+    """How far outputs (N, values) are from the official ones, relative; the worst of four.
 
     The case holds ten values an image, the mean, the norm and a position-dependent sum.
     """
-    got = outputs(module, input_of(name).double())
     expected = load(name)["train_f64"]
     first = torch.tensor(expected["first10"], dtype=torch.float64)
     mean, norm, places = _rule().summary(got)

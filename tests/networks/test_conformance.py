@@ -42,45 +42,6 @@ NETWORKS = {
     "timm_levit_128s": "LeViT-128S",
     "timm_efficientvit_m0": "EfficientViT-M0",
 }
-# What the keys cannot tell and the uploader must say.
-SAID = {
-    "replknet31b_small_deepfuse": {"network": "RepLKNet", "deep_fuse": True},
-    "ecbsr": {"network": "ECBSR", "with_idt": True},
-}
-BLOCKS = {
-    "blk_acb": "ACBlock",
-    "blk_orepa_k": "OREPA",
-    "blk_orepa_odd": "OREPA",
-    "blk_orepa_1x1": "OREPA_1x1",
-    "blk_orepa_large": "OREPA_LargeConv",
-    "blk_orepa_vgg": "RepVGGBlock_OREPA",
-    "blk_yolov7_repconv_orepa": "RepVGGBlock_OREPA",
-    "blk_mobileone": "MobileOneBlock",
-    "blk_fastvit_lkb": "ReparamLargeKernelConv",
-    "blk_fastvit_repcpe": "RepCPE",
-    "blk_fastvit_repmixer": "RepMixer",
-    "blk_unirep_dilated": "DilatedReparamBlock",
-    "blk_ecb": "ECB",
-    "blk_yolov6_qarepvgg": "YOLOv6-QARepVGGBlock",
-    "blk_repvit_bn_linear": "BN_Linear",
-    "blk_repvit_repvggdw": "RepVGGDW",
-    "blk_timm_repvggdw_legacy": "RepVGGDW",
-    "blk_yolov9_repconvn": "RepConv",
-    "blk_ultralytics_repconv": "RepConv",
-    "blk_rtdetr": "RTDETR-RepVggBlock",
-    "blk_yolov10_repvggdw": "YOLOv10-RepVGGDW",
-    "blk_yolov7_repconv": "YOLOv7-RepConv",
-    "blk_yolov7_implicit": "YOLOv7-ImplicitHead",
-    "blk_sg_qarepvgg": "SG-QARepVGGBlock",
-    "blk_sg_repvgg": "SG-RepVGGBlock",
-    "blk_yolov6_linearadd": "YOLOv6-LinearAddBlock",
-}
-
-
-def network_of(name: str) -> str:
-    """The block class of a bare-block case: the longest prefix that the table has."""
-    prefix = max((p for p in BLOCKS if name.startswith(p)), key=len)
-    return BLOCKS[prefix]
 
 
 def check_deploy_form(name: str, recognition: Recognition, module: nn.Module) -> None:
@@ -97,8 +58,7 @@ def check_deploy_form(name: str, recognition: Recognition, module: nn.Module) ->
 @cases.needs_cases
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n in cases.names(n)])
 def test_networks_equal_the_official_training_form(name: str) -> None:
-    said = next((said for prefix, said in SAID.items() if name.startswith(prefix)), {})
-    recognition, module = cases.built(name, **said)
+    recognition, module = cases.built(name, **cases.said(name))
     assert recognition.name == NETWORKS[name]
     assert recognition.form == "train"
     assert cases.error_f64(name, module) < 1e-10
@@ -106,19 +66,19 @@ def test_networks_equal_the_official_training_form(name: str) -> None:
 
 
 @cases.needs_cases
-@pytest.mark.parametrize("name", cases.names(*BLOCKS))
+@pytest.mark.parametrize("name", cases.names(*cases.BLOCKS))
 def test_bare_blocks_equal_the_official_training_form(name: str) -> None:
-    recognition, module = cases.built(name, network_of(name))
-    assert recognition.name == network_of(name)
+    recognition, module = cases.built(name, cases.network_of(name))
+    assert recognition.name == cases.network_of(name)
     assert cases.error_f64(name, module) < 1e-10
     check_deploy_form(name, recognition, module)
 
 
 @cases.needs_cases
-@pytest.mark.parametrize("name", cases.names(*BLOCKS))
+@pytest.mark.parametrize("name", cases.names(*cases.BLOCKS))
 def test_a_wrong_eps_is_seen(name: str) -> None:
     eps = cases.load(name)["attrs"].get("eps")
     if eps is None:
         pytest.skip("the block has no batch norm")
-    _, module = cases.built(name, network_of(name), eps=1e-5 if eps == 1e-3 else 1e-3)
+    _, module = cases.built(name, cases.network_of(name), eps=1e-5 if eps == 1e-3 else 1e-3)
     assert cases.error_f64(name, module) > 1e-6

@@ -88,7 +88,7 @@ def test_the_deploy_form_comes_back_and_computes(
     owned = set(state)
     for deploy in deploy_names(module).values():
         assert f"{deploy}.weight" in owned
-    assert not any(isinstance(m, Reparameterizable) and not m.folded for m in skeleton.modules())
+    assert not any(isinstance(m, Reparameterizable) for m in skeleton.modules())
     recognition = recognise(state, ModelConfig(input_shape=shape))
     assert recognition.form == "deploy"
     x = torch.randn(2, *shape)
