@@ -55,6 +55,7 @@ FoldserveError
 │   ├── VersionNotFound
 │   ├── NameInvalid
 │   ├── VersionNotReady
+│   ├── ModelUnloaded
 │   ├── Conflict
 │   ├── FormNotAvailable
 │   ├── NotServable
@@ -411,6 +412,11 @@ class NameInvalid(StoreError):
 class VersionNotReady(StoreError):
     title = "The version is not ready"
     remedy = "Wait until its state is `ready`; if it is `rejected`, its `error` says why."
+
+
+class ModelUnloaded(StoreError):
+    title = "The model was taken out of serving"
+    remedy = "Serve it again with POST /v2/repository/models/{name}/load."
 
 
 class Conflict(StoreError):

@@ -25,6 +25,7 @@ from service.checkpoint.child import ChildLimits
 from service.errors import (
     FoldserveError,
     InvalidConfig,
+    ModelUnloaded,
     NotLoaded,
     NotServable,
     VersionNotReady,
@@ -138,6 +139,7 @@ class Host:
         self.started = False
         self._hosted: dict[tuple[str, int], Hosted] = {}
         self._default: dict[str, int] = {}
+        self._unloaded: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._loading: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -190,8 +192,11 @@ class Host:
     async def follow(self, model: ModelRecord) -> None:
         """Make the model's default answer: load it if need be, flip, unload the one before.
 
-        Raises what loading raises; then the version before keeps answering.
+        Raises what loading raises; then the version before keeps answering. A model that was
+        taken out of serving stays out.
         """
+        if model.name in self._unloaded:
+            return
         wanted, before = model.default_version, self._default.get(model.name)
         if wanted is None:
             self._default.pop(model.name, None)
@@ -214,8 +219,10 @@ class Host:
     async def ensure(self, model: str, version: int | None) -> int:
         """Have a version loaded, None being the default, and return its number.
 
-        Raises ModelNotFound, VersionNotFound, VersionNotReady, or what loading raises.
+        Raises ModelNotFound, VersionNotFound, VersionNotReady, ModelUnloaded, or what loading
+        raises.
         """
+        self._check_serving(model)
         if version is None:
             version = await self._catalog_default(model)
         if (model, version) in self._hosted:
@@ -228,8 +235,48 @@ class Host:
         await asyncio.shield(task)  # whoever asked first may leave; the others still wait
         return version
 
+    async def unload(self, model: str) -> None:
+        """Take a model out of serving, all its versions, until `load` or the next start.
+
+        Requests that wait are answered first; later ones raise ModelUnloaded.
+        """
+        self._unloaded.add(model)
+        self._default.pop(model, None)
+        await self._unload(model, None)
+
+    async def load(self, model: str) -> None:
+        """Serve a model's default, also after `unload`; it is warm when this returns.
+
+        Raises ModelNotFound, VersionNotReady, or what loading raises; then it stays as it was.
+        """
+        record = await asyncio.to_thread(self.catalog.get_model, model)
+        if record.default_version is None:
+            raise VersionNotReady(f"Model {model!r} has no version that is ready.")
+        was_unloaded = self.is_unloaded(model)
+        self._unloaded.discard(model)
+        try:
+            await self.follow(record)
+        except BaseException:
+            if was_unloaded:
+                self._unloaded.add(model)
+            raise
+
+    def is_unloaded(self, model: str) -> bool:
+        """Whether the model was taken out of serving."""
+        return model in self._unloaded
+
+    def is_loading(self, model: str, version: int) -> bool:
+        """Whether a version is on its way into memory."""
+        return (model, version) in self._loading
+
+    def _check_serving(self, model: str) -> None:
+        if model in self._unloaded:
+            raise ModelUnloaded(f"Model {model!r} was taken out of serving.")
+
     async def forget(self, model: str, version: int | None = None) -> None:
         """Unload a deleted version, or a whole model."""
+        if version is None:
+            self._unloaded.discard(model)
         if version in (None, self._default.get(model)):
             self._default.pop(model, None)
         await self._unload(model, version)
@@ -257,6 +304,8 @@ class Host:
             raise NotServable(f"Version {version} of {model!r} has no program to run.")
         try:
             await self._load_into_set(record, {})
+        except ModelUnloaded:
+            raise
         except FoldserveError as error:
             self.failures[model, version] = error
             log.error("load_failed", model=model, version=version, detail=error.detail)
@@ -281,6 +330,9 @@ class Host:
         if _ARTIFACTS["train"] in kinds:
             reads["train"] = lambda: self._read(name, number, "train")
         await self.models.load(name, number, reads, self._options(version))
+        if name in self._unloaded:  # meanwhile
+            await self.models.unload(name, number)
+            self._check_serving(name)
         prepared = await self.models.prepared(name, number)
         labels = version.config.get("labels")
         self._hosted[name, number] = Hosted(
@@ -311,9 +363,10 @@ class Host:
 
     def prepare(self, version: VersionRecord, programs: Mapping[str, Path]) -> None:
         """Load and warm a converted version beside whatever serves now, if it can be served."""
-        if _ARTIFACTS["deploy"] not in programs:
+        if _ARTIFACTS["deploy"] not in programs or version.model in self._unloaded:
             return
-        self._on_loop(self._load_into_set(version, programs))
+        with contextlib.suppress(ModelUnloaded):  # it is published all the same
+            self._on_loop(self._load_into_set(version, programs))
 
     def published(self, version: VersionRecord) -> None:
         """Let the model's default answer; that is this version unless the default is pinned."""

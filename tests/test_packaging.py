@@ -22,8 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Declared because something loads them by name: the server its loop and parser, the conversion's
 # child its filter, the catalog its driver.
 LOADED_BY_NAME = {"uvloop", "httptools", "pyseccomp"}
-EXTRAS = ("demo", "test", "openvino", "postgres")
-MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "python-multipart": "python_multipart"}
+EXTRAS = ("demo", "test", "openvino", "postgres", "grpc", "onnx")
+MODULES = {
+    "pillow": "PIL",
+    "scikit-learn": "sklearn",
+    "python-multipart": "python_multipart",
+    "grpcio": "grpc",
+    "protobuf": "google",
+}
 
 
 def project() -> dict[str, Any]:
@@ -120,7 +126,7 @@ def module_of(distribution: str) -> str:
 
 
 def test_what_the_code_imports_is_declared() -> None:
-    declared = {module_of(canonicalize_name(r.name)) for r in requirements("demo")}
+    declared = {module_of(canonicalize_name(r.name)) for r in requirements("demo", "grpc", "onnx")}
     assert imported_modules(ROOT / "service") - declared == set()
 
 

@@ -29,6 +29,7 @@ from service.api.keyring import Keyring
 from service.api.metrics import Metrics
 from service.api.middleware import AroundEveryRequest
 from service.api.state import Service
+from service.api.v2 import routes as v2
 from service.hosting import Host, worker_limits
 from service.serving import BatchLimits, ModelSet, ModelSetLimits
 from service.settings import Settings
@@ -71,7 +72,8 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, **cors(settings))
     app.add_middleware(AroundEveryRequest, metrics=metrics, access_log=settings.access_log)
-    for module in (models, uploads, events, downloads, predict, benchmark, health, pages, login):
+    routes = (models, uploads, events, downloads, predict, v2, benchmark, health, pages, login)
+    for module in routes:
         app.include_router(module.router)
     pages.mount_static(app)
     describe(app)

@@ -20,7 +20,6 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import access, problems
-from service.api.encoding import json_bytes
 from service.api.keyring import Keyring
 from service.api.ratelimit import RateLimit
 from service.errors import (
@@ -227,9 +226,4 @@ def _refusal(error: FoldserveError, scope: Scope, head: dict[bytes, bytes]) -> R
         and not path.startswith(("/v1/", "/v2/"))
     ):
         return RedirectResponse(f"/login?next={quote(path)}", 303)
-    answer = problems.error_response(error, path)
-    if path == "/v2" or path.startswith("/v2/"):
-        headers = {k: v for k, v in answer.headers.items() if not k.startswith("content-")}
-        body = json_bytes({"error": f"{error.detail} {error.remedy}", "code": error.code()})
-        return Response(body, answer.status_code, headers, "application/json")
-    return answer
+    return problems.error_response(error, path)

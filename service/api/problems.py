@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from service import errors
 from service.api.encoding import json_bytes
+from service.api.v2 import errors as v2_errors
 from service.errors import FoldserveError
 
 MEDIA_TYPE = "application/problem+json"
@@ -37,6 +38,7 @@ STATUS: dict[type[FoldserveError], HTTPStatus] = {
     errors.VersionNotFound: HTTPStatus.NOT_FOUND,
     errors.NameInvalid: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.VersionNotReady: HTTPStatus.CONFLICT,
+    errors.ModelUnloaded: HTTPStatus.CONFLICT,
     errors.Conflict: HTTPStatus.CONFLICT,
     errors.FormNotAvailable: HTTPStatus.NOT_FOUND,
     errors.NotServable: HTTPStatus.CONFLICT,
@@ -108,7 +110,9 @@ def document(
 
 
 def response(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    """A problem document as a response with its own status."""
+    """A problem document as a response with its own status; under `/v2` as that protocol has it."""
+    if v2_errors.speaks_v2(str(body.get("instance", ""))):
+        return v2_errors.response(body, headers)
     return Response(
         json_bytes(body), status_code=body["status"], headers=headers, media_type=MEDIA_TYPE
     )
