@@ -50,12 +50,18 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the embedded store.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH", help="A checkpoint to serve from the start; may be repeated."
+        ),
+    ] = None,
 ) -> None:
     """Run the service until SIGTERM or Ctrl-C.
 
-    Every other setting is an environment variable `FOLDSERVE_...`; the README lists them.
+    Every other setting is an environment variable; docs/configuration.md lists them.
     """
-    settings = show.settings(host=host, port=port, data_dir=data_dir)
+    settings = show.settings(host=host, port=port, data_dir=data_dir, models=model or None)
     from service.api.server import run  # torch takes seconds to import; --help should not
 
     raise typer.Exit(run(settings))

@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     host: str = _setting("127.0.0.1", "address", "Address to listen on.", min_length=1)
     port: int = _setting(8000, "TCP port", "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     data_dir: Path = _setting(Path(".data"), "path", "Folder of the embedded store and scratch.")
+    models: Annotated[tuple[str, ...], NoDecode] = _setting(
+        (), "NAME=PATH", "Checkpoints to convert and serve from the start, separated by commas."
+    )
     database_url: str | None = _setting(
         None,
         "URL",
@@ -285,7 +288,9 @@ class Settings(BaseSettings):
     def _empty_is_unset(cls, value: Any) -> Any:
         return None if value == "" else value
 
-    @field_validator("benchmark_batch_sizes", "allowed_hosts", "cors_origins", mode="before")
+    @field_validator(
+        "benchmark_batch_sizes", "allowed_hosts", "cors_origins", "models", mode="before"
+    )
     @classmethod
     def _comma_separated(cls, value: Any) -> Any:
         if not isinstance(value, str):

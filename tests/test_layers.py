@@ -37,9 +37,12 @@ ALLOWED: dict[str, frozenset[str]] = {
     "hosting": _LEAVES
     | {"worker", "checkpoint", "networks", "graph", "store"}
     | {"serving", "bench"},
+    "provision": _LEAVES | {"hosting", "store"},
     "web": _LEAVES,
     "client": _LEAVES,
-    "api": _LEAVES | {"pipeline", "worker", "hosting", "serving", "bench", "store"} | {"web"},
+    "api": _LEAVES
+    | {"pipeline", "worker", "hosting", "serving", "bench", "store"}
+    | {"web", "provision"},
     "demo": _LEAVES | {"client", "networks"},
     "commands": _LEAVES | {"__init__", "client", "pipeline", "worker", "hosting", "store"},
     "cli": _LEAVES | {"api", "commands", "demo"},

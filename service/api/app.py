@@ -31,6 +31,7 @@ from service.api.middleware import AroundEveryRequest
 from service.api.state import Service
 from service.api.v2 import routes as v2
 from service.hosting import Host, worker_limits
+from service.provision import Provision, provision
 from service.serving import BatchLimits, ModelSet, ModelSetLimits
 from service.settings import Settings
 from service.store import BlobStore, Catalog
@@ -105,10 +106,17 @@ async def _opened(settings: Settings, metrics: Metrics, keyring: Keyring) -> Asy
         decoders = ThreadPoolExecutor(settings.decode_threads, "foldserve-decode")
         stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
         scratch = settings.scratch_dir / "conversions"
+        named = await run_in_threadpool(_provisioned, settings, catalog, blobs)
         worker = Worker(catalog, blobs, scratch, worker_limits(settings), host)
         await run_in_threadpool(worker.start)
         # In a thread: the worker may be waiting for this very loop to load a model.
         stack.push_async_callback(run_in_threadpool, worker.stop, settings.drain_seconds)
-        service = Service(settings, metrics, blobs, catalog, host, worker, decoders, keyring)
+        service = Service(settings, metrics, blobs, catalog, host, worker, decoders, keyring, named)
         metrics.watch(lambda: health.families(service))
         yield service
+
+
+def _provisioned(settings: Settings, catalog: Catalog, blobs: BlobStore) -> set[tuple[str, int]]:
+    """Queue the checkpoints that the settings name; returns the versions they became."""
+    versions = [provision(Provision.parse(text), catalog, blobs) for text in settings.models]
+    return {(version.model, version.version) for version in versions}

@@ -15,6 +15,7 @@ from service.api.encoding import json_bytes
 from service.api.metrics import Family
 from service.api.schemas import Alive, HealthAnswer
 from service.api.state import Here, Service, in_thread
+from service.errors import StoreError
 from service.serving import LoadedModel
 
 router = APIRouter(tags=["health"])
@@ -35,10 +36,11 @@ async def live() -> dict[str, str]:
 async def ready(request: Request, service: Here) -> Response:
     """200 once every model's default is loaded or known to fail, and until the drain begins.
 
-    It needs no key; without one that may read, the answer holds the status alone.
+    Models that were named at the start are converted first. It needs no key; without one that may
+    read, the answer holds the status alone.
     """
     body = await overview(service)
-    usable = service.host.started and all(body["checks"].values()) and not service.draining
+    usable = not body["loading"] and all(body["checks"].values()) and not service.draining
     if not request.state.caller.may_read:
         body = {"status": body["status"]}
     return Response(json_bytes(body), 200 if usable else 503, media_type="application/json")
@@ -54,13 +56,14 @@ async def overview(service: Service) -> dict[str, Any]:
     """The body of `/health`."""
     loaded = service.host.models.loaded()
     checks, counts = await in_thread(_checks, service)
+    loading = not service.host.started or await in_thread(_provisioning, service)
     models = await in_thread(_models, service, loaded)
-    healthy = all(checks.values()) and not service.host.failures and service.host.started
+    healthy = all(checks.values()) and not service.host.failures and not loading
     return {
         "status": "draining" if service.draining else "ok" if healthy else "degraded",
         "version": __version__,
         "uptime_seconds": round(time.time() - service.started, 3),
-        "loading": not service.host.started,
+        "loading": loading,
         "versions": counts,
         "models": models,
         "failures": [
@@ -80,6 +83,18 @@ def _checks(service: Service) -> tuple[dict[str, bool], dict[str, int]]:
     except Exception:
         counts, reachable = {}, False
     return {"catalog": reachable, "worker": service.worker.alive}, counts
+
+
+def _provisioning(service: Service) -> bool:
+    """Whether a version that was named at the start is still on its way."""
+    for model, version in tuple(service.provisioning):
+        try:
+            final = service.catalog.get_version(model, version).state.final
+        except StoreError:  # deleted, or the catalog is away: `checks` says which
+            final = True
+        if final:
+            service.provisioning.discard((model, version))
+    return bool(service.provisioning)
 
 
 def _models(service: Service, loaded: tuple[LoadedModel, ...]) -> list[dict[str, Any]]:

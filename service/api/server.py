@@ -11,7 +11,8 @@ import uvicorn
 
 from service.api.app import create_app
 from service.api.logs import configure
-from service.errors import StoreError
+from service.errors import FoldserveError, StoreError
+from service.provision import Provision
 from service.settings import Settings
 from service.store import Catalog
 
@@ -45,6 +46,12 @@ def run(settings: Settings) -> int:
     configure(settings)
     if settings.keys_required and not _has_key(settings):
         return 1
+    try:
+        for text in settings.models:
+            Provision.parse(text)
+    except FoldserveError as error:
+        log.error("cannot provision", model=text, detail=error.detail, remedy=error.remedy)
+        return 2
     try:
         listening = _listen(settings)
     except OSError as error:

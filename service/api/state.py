@@ -25,7 +25,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Service:
-    """What every route may use. `decoders` are the threads on which images are decoded."""
+    """What every route may use.
+
+    `decoders` are the threads on which images are decoded; `provisioning` the versions that were
+    named at the start and whose conversion has not ended.
+    """
 
     settings: Settings
     metrics: Metrics
@@ -35,6 +39,7 @@ class Service:
     worker: Worker
     decoders: ThreadPoolExecutor
     keyring: Keyring
+    provisioning: set[tuple[str, int]] = field(default_factory=set)
     started: float = field(default_factory=time.time)
     stopping: Event = field(default_factory=Event)
 
