@@ -1,39 +1,40 @@
 # syntax=docker/dockerfile:1
-# Foldserve in two stages: the first installs into /opt/venv from the lock, the second carries that folder alone.
+# Foldserve as an image:
 #
-# Packages come from wherever pip is told to look. The environment of the build does not reach RUN, so say it by
-# build arguments:
-#   FIND_LINKS   a folder of wheels to prefer, such as one with PyTorch's CPU wheel. Without it, the default index
-#                gives PyTorch's default build, which on x86-64 Linux brings CUDA along.
-#   PIP_OPTIONS  further options of `pip install`: --index-url, --extra-index-url, --no-index, ...
-# A folder `wheels` in the build context is always looked at, so `FIND_LINKS` is for folders mounted into the build.
+#   docker build -t foldserve .                        serves on the CPU, with PyTorch's CPU build
+#   docker build -t foldserve:cuda --target cuda .     serves on an NVIDIA GPU; several GB larger
+#
+# The build stages install into /opt/venv what the lock says; the last stages carry that folder alone. Packages come
+# from wherever pip is told to look. The environment of a build does not reach RUN, so say it by build arguments:
+#   TORCH_INDEX  where PyTorch's CPU build is to be found; empty where PIP_OPTIONS say it
+#   PIP_OPTIONS  further options of `pip install`: --find-links, --index-url, --no-index, ...
+# A folder `wheels` in the build context is looked at first.
 
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS build
-ARG FIND_LINKS=/wheels
-ARG PIP_OPTIONS=""
 WORKDIR /src
-RUN python3 -m venv /opt/venv
-COPY requirements.lock wheel[s] /wheels/
-RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check ${PIP_OPTIONS} \
-        --find-links /wheels --find-links "${FIND_LINKS}" -c /wheels/requirements.lock \
-        "$(grep '^torch==' /wheels/requirements.lock)" "$(grep '^setuptools==' /wheels/requirements.lock)"
-# The dependencies before the code, so that a change of code does not install them again.
-COPY pyproject.toml README.md LICENSE ./
+COPY requirements.lock wheel[s] wheels/
+COPY pyproject.toml README.md LICENSE requirements.lock deploy/image/install.sh ./
 COPY service/__init__.py service/
-RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check ${PIP_OPTIONS} \
-        --find-links /wheels --find-links "${FIND_LINKS}" -c /wheels/requirements.lock --no-build-isolation .
-COPY service service
-RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-index --no-deps \
-        --no-build-isolation --force-reinstall . \
-    && /opt/venv/bin/pip uninstall -y pip
 
-FROM ${PYTHON_IMAGE}
+FROM build AS build-cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG PIP_OPTIONS=""
+RUN sh install.sh needs openvino,postgres --find-links wheels ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} ${PIP_OPTIONS}
+COPY service service
+RUN sh install.sh code
+
+FROM build AS build-cuda
+ARG PIP_OPTIONS=""
+RUN sh install.sh needs postgres --find-links wheels ${PIP_OPTIONS}
+COPY service service
+RUN sh install.sh code
+
+FROM ${PYTHON_IMAGE} AS runtime
 LABEL org.opencontainers.image.title="Foldserve" \
       org.opencontainers.image.description="Folds re-parameterizable checkpoints and serves them" \
       org.opencontainers.image.licenses="Apache-2.0"
-COPY --from=build /opt/venv /opt/venv
 RUN mkdir /data && chown 10001:10001 /data
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -53,3 +54,12 @@ EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30s --retries=3 CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['FOLDSERVE_PORT'] + '/health/live', timeout=4)"]
 ENTRYPOINT ["foldserve"]
 CMD ["serve"]
+
+FROM runtime AS cuda
+ENV FOLDSERVE_DEVICE=cuda
+COPY --from=build-cuda /opt/venv /opt/venv
+
+# Last, so that a build without a target makes it.
+FROM runtime AS cpu
+ENV FOLDSERVE_DEVICE=cpu
+COPY --from=build-cpu /opt/venv /opt/venv
