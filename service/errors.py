@@ -45,6 +45,9 @@ FoldserveError
 │       └── UnexpectedEntry
 ├── FusionError              the engine
 │   └── CertificateFailed
+├── ExportError              the deploy form for another engine
+│   ├── FormatNotInstalled
+│   └── ExportFailed
 ├── ConversionError          the child process that converts
 │   ├── ConversionTimeout
 │   ├── ConversionOutOfMemory
@@ -364,6 +367,20 @@ class FusionError(FoldserveError):
 class CertificateFailed(FusionError):
     title = "The fused network is not equal to the uploaded one"
     remedy = "Nothing was published. The numbers say where it differs; please report them."
+
+
+class ExportError(FoldserveError):
+    title = "The deploy form could not be exported"
+    remedy = "Ask for safetensors, pth or bundle, which every version that serves has."
+
+
+class FormatNotInstalled(ExportError):
+    title = "What this format needs is not installed"
+    remedy = "Install the extra of that name, or ask for safetensors, pth or bundle."
+
+
+class ExportFailed(ExportError):
+    title = "The network cannot be exported to this format"
 
 
 class ConversionError(FoldserveError):

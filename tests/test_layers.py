@@ -38,11 +38,12 @@ ALLOWED: dict[str, frozenset[str]] = {
     | {"worker", "checkpoint", "networks", "graph", "store"}
     | {"serving", "bench"},
     "provision": _LEAVES | {"hosting", "store"},
+    "exports": _LEAVES | {"checkpoint", "graph", "fusion", "store"},
     "web": _LEAVES,
     "client": _LEAVES,
     "api": _LEAVES
     | {"pipeline", "worker", "hosting", "serving", "bench", "store"}
-    | {"web", "provision"},
+    | {"web", "exports", "provision"},
     "demo": _LEAVES | {"client", "networks"},
     "commands": _LEAVES | {"__init__", "client", "pipeline", "worker", "hosting", "store"},
     "cli": _LEAVES | {"api", "commands", "demo"},

@@ -17,6 +17,8 @@ from service.api.models import VersionNumber
 from service.api.state import Here, Service, in_thread
 from service.api.uploads import ModelName
 from service.errors import FormNotAvailable, VersionNotReady
+from service.exports import FORMATS, exported_artifact
+from service.hosting import worker_limits
 from service.store import State, VersionRecord
 
 router = APIRouter(tags=["downloads"])
@@ -41,6 +43,13 @@ _MISSING = refusals(
     errors.VersionNotReady,
     errors.FormNotAvailable,
     errors.BlobCorrupt,
+)
+_EXPORTS = refusals(
+    errors.VersionNotReady,
+    errors.ExportFailed,
+    errors.FormatNotInstalled,
+    errors.ConversionError,
+    errors.ConversionInterrupted,
 )
 
 
@@ -73,18 +82,26 @@ async def uploaded(name: ModelName, version: VersionNumber, service: Here) -> Re
     "/v1/models/{name}/versions/{version}/checkpoints/deploy",
     summary="The deploy form",
     response_class=FileResponse,
-    responses=_FILE | _MISSING,
+    responses=_FILE | _MISSING | _EXPORTS,
 )
 async def deploy(
     name: ModelName,
     version: VersionNumber,
     service: Here,
     format: Annotated[  # the parameter's public name
-        Literal["safetensors", "pth", "bundle", "onnx"],
-        Query(description="State dict (`safetensors`, `pth`) or program (`bundle`)."),
+        Literal["safetensors", "pth", "bundle", "onnx", "openvino"],
+        Query(
+            description="State dict (`safetensors`, `pth`), program (`bundle`), or the network for "
+            "another engine: `onnx`, or `openvino` (a zip of `deploy.xml` and `deploy.bin`)."
+        ),
     ] = "safetensors",
 ) -> Response:
-    """The fused network: for known dialects under the official deploy keys."""
+    """The fused network: for known dialects under the official deploy keys.
+
+    `onnx` and `openvino` are made when they are first asked for, which takes seconds to minutes,
+    and kept. They have the batch as their leading axis, and were run in their own engine on the
+    certificate's probes before they are handed out.
+    """
     record = await _ready(service, name, version)
     stem = f"{name}-{version}-deploy"
     if format == "safetensors":
@@ -95,11 +112,27 @@ async def deploy(
         return await _blob(service, sha256, _BINARY, f"{stem}.bundle.safetensors")
     if format == "pth":
         return await _as_torch(service, _artifact(record, "deploy_checkpoint"), f"{stem}.pth")
-    raise FormNotAvailable(
-        f"The deploy form is not available as {format}.",
-        remedy="Ask for safetensors, pth or bundle.",
-        available=["safetensors", "pth", "bundle"],
-    )
+    sha256 = await _exported(service, record, format)
+    return await _blob(service, sha256, _BINARY, f"{stem}.{FORMATS[format].ending}")
+
+
+async def _exported(service: Service, record: VersionRecord, format: str) -> str:
+    """The sha256 of an export, made by whoever asks first; one is made at a time."""
+    found = record.artifacts.get(FORMATS[format].artifact)
+    if found is not None:
+        return found
+    async with service.exporting:
+        return await in_thread(
+            exported_artifact,
+            service.catalog,
+            service.blobs,
+            record.model,
+            record.version,
+            format,
+            service.settings.scratch_dir / "exports",
+            worker_limits(service.settings).child,
+            service.stopping,
+        )
 
 
 async def _ready(service: Service, name: str, version: int) -> VersionRecord:

@@ -31,6 +31,8 @@ STATUS: dict[type[FoldserveError], HTTPStatus] = {
     errors.RecognitionError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.GraphError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.FusionError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.ExportError: HTTPStatus.CONFLICT,
+    errors.FormatNotInstalled: HTTPStatus.NOT_IMPLEMENTED,
     errors.ConversionError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.ConversionInterrupted: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreError: HTTPStatus.INTERNAL_SERVER_ERROR,

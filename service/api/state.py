@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ class Service:
     provisioning: set[tuple[str, int]] = field(default_factory=set)
     started: float = field(default_factory=time.time)
     stopping: Event = field(default_factory=Event)
+    exporting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def draining(self) -> bool:

@@ -171,10 +171,7 @@ def check_ends(
     source: Program, exact: Program, served: Program, precision: str, probes: int, seed: int
 ) -> EndToEnd:
     """Run source (float64), fused (float64) and fused (served precision) on the same probes."""
-    inputs = [
-        make_probe(spec, probes, seed + 7919 * (index + 1))
-        for index, spec in enumerate(source.inputs)
-    ]
+    inputs = make_probes(source, probes, seed)
     truth = run(source.to("float64"), *inputs)
     fused = run(exact, *inputs)
     dtype = DTYPES[precision]
@@ -197,6 +194,27 @@ def check_ends(
         top1=_top1(truth, low),
         finite=all(bool(output.isfinite().all()) for output in (*truth, *fused, *low)),
     )
+
+
+def make_probes(program: Program, rows: int, seed: int) -> list[Tensor]:
+    """Random float64 inputs of a whole program, `rows` of each, as the certificate uses them."""
+    return [
+        make_probe(spec, rows, seed + 7919 * (index + 1))
+        for index, spec in enumerate(program.inputs)
+    ]
+
+
+def end_to_end_error(truth: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Largest root mean square difference of the floating-point outputs over their variation.
+
+    `truth` is in float64; infinite when an output is missing, not finite or of another shape.
+    """
+    if [output.shape for output in truth] != [output.shape for output in found]:
+        return float("inf")
+    pairs = [(a, b.double()) for a, b in zip(truth, found, strict=True) if a.is_floating_point()]
+    if not all(bool(b.isfinite().all()) for _, b in pairs):
+        return float("inf")
+    return max((_ratio(b - a, _variation(a)) for a, b in pairs), default=0.0)
 
 
 def make_probe(spec: TensorSpec, rows: int, seed: int) -> Tensor:

@@ -278,6 +278,29 @@ class Catalog:
             rows = jobs.recover(session, max_attempts, stale_seconds)
             return tuple(VersionRecord.of(row) for row in rows)
 
+    def add_artifact(self, model: str, version: int, kind: str, sha256: str) -> VersionRecord:
+        """Record a further file of a ready version, in the place of one of the same kind.
+
+        Raises VersionNotFound when it was deleted meanwhile, or Conflict when it is not ready.
+        """
+        with self._writes() as session:
+            row = jobs.find_version(session, model, version, lock=True)
+            jobs.require_ready(row)
+            session.merge(ArtifactRow(version_id=row.id, kind=kind, sha256=sha256))
+            session.flush()
+            session.refresh(row)
+            return VersionRecord.of(row)
+
+    def set_config(self, model: str, version: int, changes: Json) -> VersionRecord:
+        """Replace fields of a version's config, None meaning that a field is left out.
+
+        The version may be in any state. Raises VersionNotFound.
+        """
+        with self._writes() as session:
+            row = jobs.find_version(session, model, version, lock=True)
+            row.config, row.updated_at = {**row.config, **changes}, utc_now()
+            return VersionRecord.of(row)
+
     def events(
         self, model: str, version: int, after: int = 0, limit: int = 100
     ) -> tuple[EventRecord, ...]:

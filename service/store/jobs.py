@@ -91,6 +91,12 @@ def require_converting(row: VersionRow, worker: str | None) -> None:
         raise Conflict(f"Version {row.number} was taken up by another worker.")
 
 
+def require_ready(row: VersionRow) -> None:
+    """Raises Conflict unless the version is ready."""
+    if row.state != State.READY:
+        raise Conflict(f"Version {row.number} is {row.state}, not ready.")
+
+
 def publish(
     session: Session,
     row: VersionRow,

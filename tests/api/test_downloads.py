@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import io
+import zipfile
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load as load_safetensors
 
 from service.graph import ProgramModule, load_program
@@ -64,11 +67,47 @@ def test_the_bundle_is_the_served_program(
 
 
 def test_formats_that_are_not_there(http: httpx.Client, model: str) -> None:
-    onnx = problem(deploy(http, model, "onnx"), 404, "form_not_available")
-    assert onnx["available"] == ["safetensors", "pth", "bundle"]
     problem(deploy(http, model, "zip"), 422, "invalid_request")
     missing = http.get(f"/v1/models/{model}/versions/9/checkpoints/deploy")
     problem(missing, 404, "version_not_found")
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_exports_run_in_their_own_engine(
+    http: httpx.Client, model: str, form: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    answer = deploy(http, model, form)
+    assert answer.status_code == 200, answer.text
+    ending = {"onnx": "onnx", "openvino": "openvino.zip"}[form]
+    assert answer.headers["content-disposition"].endswith(f'{model}-1-deploy.{ending}"')
+    again = deploy(http, model, form)  # kept: the very same file
+    assert again.headers["etag"] == answer.headers["etag"]
+    folder = tmp_path_factory.mktemp("export")
+    run = in_onnx if form == "onnx" else in_openvino
+    for count in (1, 5):
+        rows = tiny.rows(count)
+        truth = tiny.expected(rows)
+        found = run(answer.content, folder, rows)
+        assert found.shape == truth.shape
+        assert np.abs(found - truth).max() < 1e-4 * np.abs(truth).max()
+
+
+def in_onnx(content: bytes, folder: Path, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    import onnxruntime  # slow to import, and used by no other test here
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["output_0"], {"input_0": rows})
+    return np.asarray(found)
+
+
+def in_openvino(content: bytes, folder: Path, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    import openvino
+
+    zipfile.ZipFile(io.BytesIO(content)).extractall(folder)
+    compiled = openvino.Core().compile_model(
+        str(folder / "deploy.xml"), "CPU", {"INFERENCE_PRECISION_HINT": openvino.Type.f32}
+    )
+    return np.array(compiled({"input_0": rows})["output_0"])
 
 
 def test_the_report_names_every_block(http: httpx.Client, model: str) -> None:
