@@ -39,6 +39,10 @@ class RunningServer:
         (line,) = [line for line in status.splitlines() if line.startswith("RssAnon:")]
         return int(line.split()[1]) * 1024
 
+    def descriptors(self) -> int:
+        """How many files and sockets the process has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
     def stop(self) -> int:
         """Send SIGTERM and wait; the exit status."""
         if self.process.poll() is None:

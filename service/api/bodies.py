@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -10,10 +12,8 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from service.api.state import of
 from service.errors import BadInput, RequestStalled, UploadTooLarge
-
-MAX_PARTS = 1024
-MAX_PART_HEADER_BYTES = 8192
 
 
 def media_type(request: Request) -> str:
@@ -39,20 +39,32 @@ def too_large(limit: int, setting: str) -> UploadTooLarge:
 async def chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
     """The body as it arrives.
 
-    Raises RequestStalled after `idle_seconds` without a byte, and starlette's ClientDisconnect.
+    Raises RequestStalled after `idle_seconds` without a byte, or when it comes slower than
+    `min_body_bytes_per_second` on the whole, and starlette's ClientDisconnect. Only the time spent
+    waiting counts: a disk that is slow to take the bytes is not the client's fault.
     """
+    slowest = of(request).settings.min_body_bytes_per_second
+    received, waited = 0, 0.0
     while True:
+        earned = received / slowest if slowest else math.inf
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(idle_seconds):
+            async with asyncio.timeout(min(idle_seconds, idle_seconds + earned - waited)):
                 message = await request.receive()
         except TimeoutError:
-            raise RequestStalled(f"Nothing arrived for {idle_seconds:g} s.") from None
+            raise _stalled(received, waited + time.monotonic() - began) from None
+        waited += time.monotonic() - began
+        received += len(message.get("body", b""))
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         if body := message.get("body", b""):
             yield body
         if not message.get("more_body", False):
             return
+
+
+def _stalled(received: int, seconds: float) -> RequestStalled:
+    return RequestStalled(f"Only {received} bytes arrived in {seconds:.1f} s.")
 
 
 async def whole(request: Request, limit: int, idle_seconds: float, setting: str) -> bytearray:
@@ -93,6 +105,9 @@ class MultipartReader:
         boundary = options.get(b"boundary", b"")
         if not 1 <= len(boundary) <= 70:
             raise _malformed("its Content-Type names no boundary")
+        settings = of(request).settings
+        self._max_parts = settings.max_parts
+        self._max_header_bytes = settings.max_part_header_bytes
         self._body = chunks(request, idle_seconds)
         self._events: list[Part | bytes | None] = []
         self._parts = 0
@@ -130,14 +145,14 @@ class MultipartReader:
 
     def _on_part_begin(self) -> None:
         self._parts += 1
-        if self._parts > MAX_PARTS:
-            raise _malformed(f"it has more than {MAX_PARTS} parts")
+        if self._parts > self._max_parts:
+            raise _malformed(f"it has more than {self._max_parts} parts")
         self._headers, self._header_bytes = {}, 0
 
     def _count(self, size: int) -> None:
         self._header_bytes += size
-        if self._header_bytes > MAX_PART_HEADER_BYTES:
-            raise _malformed(f"a part's headers exceed {MAX_PART_HEADER_BYTES} bytes")
+        if self._header_bytes > self._max_header_bytes:
+            raise _malformed(f"a part's headers exceed {self._max_header_bytes} bytes")
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._count(end - start)

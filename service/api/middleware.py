@@ -36,6 +36,12 @@ _SECURITY = {
 }
 CLIENT_LEFT = 499
 
+
+def security_headers() -> dict[str, str]:
+    """The headers that every answer carries, for those that are made outside the application."""
+    return dict(_SECURITY)
+
+
 log = structlog.get_logger("foldserve.access")
 
 

@@ -72,6 +72,16 @@ _FRAMEWORK: dict[int, tuple[str, str, str]] = {
         "Use one of the methods in the Allow header.",
     ),
 }
+_MALFORMED = (
+    "malformed_request",
+    "This is not HTTP as it is understood here",
+    "Send HTTP/1.1 as any client does.",
+)
+_BUSY = (
+    "too_many_connections",
+    "The service holds as many connections as it may",
+    "Close connections that are not needed, or raise FOLDSERVE_MAX_CONNECTIONS.",
+)
 _INVALID = (
     "invalid_request",
     "The request does not fit the route",
@@ -164,6 +174,16 @@ def not_found(instance: str) -> Response:
     return _framework(404, _FRAMEWORK[404], f"{instance} does not exist.", instance)
 
 
+def malformed_request(detail: str) -> dict[str, Any]:
+    """The problem of bytes that are no request."""
+    return _framework_body(400, _MALFORMED, detail)
+
+
+def too_many_connections(limit: int) -> dict[str, Any]:
+    """The problem of one connection more than `limit`."""
+    return _framework_body(503, _BUSY, f"{limit} connections are open.")
+
+
 def catalogue() -> list[dict[str, Any]]:
     """Every code that a problem document may carry: `code`, `status`, `title`, `remedy`."""
     own = [
@@ -175,7 +195,14 @@ def catalogue() -> list[dict[str, Any]]:
         }
         for kind in errors.all_kinds()
     ]
-    rows = [(404, _FRAMEWORK[404]), (405, _FRAMEWORK[405]), (422, _INVALID), (500, _INTERNAL)]
+    rows = [
+        (400, _MALFORMED),
+        (404, _FRAMEWORK[404]),
+        (405, _FRAMEWORK[405]),
+        (422, _INVALID),
+        (500, _INTERNAL),
+        (503, _BUSY),
+    ]
     return own + [
         {"code": code, "status": status, "title": title, "remedy": remedy}
         for status, (code, title, remedy) in rows
@@ -191,18 +218,15 @@ def _framework(
     headers: Mapping[str, str] | None = None,
     **extra: Any,
 ) -> Response:
+    return response(_framework_body(status, row, detail, instance=instance, **extra), headers)
+
+
+def _framework_body(
+    status: int, row: tuple[str, str, str], detail: str, **extra: Any
+) -> dict[str, Any]:
     code, title, remedy = row
-    body = {
-        "type": f"/problems/{code}",
-        "title": title,
-        "status": status,
-        "detail": detail,
-        "instance": instance,
-        "code": code,
-        "remedy": remedy,
-        **extra,
-    }
-    return response(body, headers)
+    head = {"type": f"/problems/{code}", "title": title, "status": status, "detail": detail}
+    return {**head, "code": code, "remedy": remedy, **extra}
 
 
 def _headers(error: FoldserveError) -> dict[str, str]:

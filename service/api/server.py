@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 from types import FrameType
@@ -10,6 +11,7 @@ import structlog
 import uvicorn
 
 from service.api.app import create_app
+from service.api.connection import ConnectionLimits, limited
 from service.api.logs import configure
 from service.errors import FoldserveError, StoreError
 from service.provision import Provision
@@ -19,6 +21,7 @@ from service.store import Catalog
 log = structlog.get_logger("foldserve")
 
 _BACKLOG = 2048
+_OTHER_DESCRIPTORS = 512
 
 
 class _Server(uvicorn.Server):
@@ -57,10 +60,12 @@ def run(settings: Settings) -> int:
     except OSError as error:
         log.error("cannot listen", host=settings.host, port=settings.port, reason=str(error))
         return 1
+    _allow_descriptors(settings.max_connections)
     config = uvicorn.Config(
         create_app(settings),
         loop="uvloop",
-        http="httptools",
+        http=limited(ConnectionLimits.of(settings)),
+        ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -81,6 +86,15 @@ def run(settings: Settings) -> int:
     with listening:
         server.run(sockets=[listening])
     return 0 if server.started else 1
+
+
+def _allow_descriptors(connections: int) -> None:
+    """Raise the soft limit of open files to what the connections need, as far as the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_DESCRIPTORS
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _has_key(settings: Settings) -> bool:

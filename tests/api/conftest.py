@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
+from service.store import Catalog, Scope, sqlite_url
 from tests.api import tiny
 from tests.running import RunningServer, running
 
@@ -69,3 +71,66 @@ def small(small_server: RunningServer) -> Iterator[httpx.Client]:
     """A client of the service with small limits."""
     with httpx.Client(base_url=small_server.url, timeout=60) as client:
         yield client
+
+
+GUARDED = {
+    "FOLDSERVE_AUTH": "keys",
+    "FOLDSERVE_KEY_REFRESH_SECONDS": "0.4",
+    "FOLDSERVE_ALLOWED_HOSTS": "models.example.com",
+    "FOLDSERVE_CORS_ORIGINS": "https://app.example.com",
+    "FOLDSERVE_RATE_LIMIT": "5",
+    "FOLDSERVE_RATE_LIMIT_BURST": "150",
+    "FOLDSERVE_MAX_CONNECTIONS": "40",
+    "FOLDSERVE_MAX_HEAD_BYTES": "4096",
+    "FOLDSERVE_MAX_HEADERS": "30",
+    "FOLDSERVE_MAX_URL_BYTES": "1500",
+    "FOLDSERVE_HEAD_SECONDS": "1",
+    "FOLDSERVE_BODY_IDLE_SECONDS": "1",
+    "FOLDSERVE_UPLOAD_IDLE_SECONDS": "1",
+    "FOLDSERVE_MIN_BODY_BYTES_PER_SECOND": "10000",
+    "FOLDSERVE_RESPONSE_IDLE_SECONDS": "1",
+    "FOLDSERVE_MAX_PARTS": "4",
+    "FOLDSERVE_MAX_PART_HEADER_BYTES": "300",
+    "FOLDSERVE_LOG_LEVEL": "debug",
+    "FOLDSERVE_ACCESS_LOG": "true",
+}
+KEYS = {
+    "admin": tuple(Scope),
+    "reader": (Scope.READ,),
+    "predictor": (Scope.PREDICT,),
+    "writer": (Scope.WRITE,),
+    "eager": (Scope.READ,),
+}
+
+
+def catalog_of(data_dir: Path) -> Catalog:
+    """The catalog of a service beside which a test works."""
+    return Catalog(sqlite_url(data_dir / "catalog.sqlite3"))
+
+
+@pytest.fixture(scope="session")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[RunningServer, dict[str, str]]]:
+    """A service that asks for keys, whose limits on connections are small, and its keys by name."""
+    folder = tmp_path_factory.mktemp("guarded") / "data"
+    folder.mkdir()
+    catalog = catalog_of(folder)
+    keys = {name: catalog.keys.create(name, scopes)[0] for name, scopes in KEYS.items()}
+    catalog.close()
+    with running(folder, GUARDED) as server:
+        yield server, keys
+
+
+@pytest.fixture
+def keyed(guarded: tuple[RunningServer, dict[str, str]]) -> Iterator[dict[str, httpx.Client]]:
+    """A client for every key, and `nobody` without one."""
+    server, keys = guarded
+    bearer = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
+    clients = {
+        name: httpx.Client(base_url=server.url, timeout=60, headers=headers)
+        for name, headers in (bearer | {"nobody": {}}).items()
+    }
+    yield clients
+    for client in clients.values():
+        client.close()

@@ -1,0 +1,214 @@
+"""One TCP connection, with the limits that uvicorn leaves open.
+
+What a client can hold without sending a request is bounded in number, size and time: connections,
+the bytes and the count of headers, the time that a head may take, a body that goes on after its
+answer, and an answer that nobody reads. Bodies are watched where they are read (`bodies.chunks`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.api import problems
+from service.api.middleware import security_headers
+from service.errors import FoldserveError, HeadTooLarge, RequestStalled
+from service.settings import Settings
+
+_DRAIN_SECONDS = 10.0
+"""How long the rest of a body is thrown away after an early answer, so that it can be read."""
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Connections at once; bytes and number of a request's headers; seconds of head and silence."""
+
+    connections: int
+    head_bytes: int
+    headers: int
+    head_seconds: float
+    response_idle_seconds: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> ConnectionLimits:
+        return cls(
+            settings.max_connections,
+            settings.max_head_bytes,
+            settings.max_headers,
+            settings.head_seconds,
+            settings.response_idle_seconds,
+        )
+
+
+def limited(limits: ConnectionLimits) -> type[asyncio.Protocol]:
+    """The protocol class that uvicorn makes one of for every connection."""
+    return type("Connection", (Connection,), {"limits": limits})
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol; see the module."""
+
+    limits: ClassVar[ConnectionLimits]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_head = False
+        self._head_bytes = 0
+        self._head_fields = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._drain_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._refused: FoldserveError | None = None
+
+    # ---- connections --------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            self._answer(
+                problems.too_many_connections(self.limits.connections), {"Retry-After": "1"}
+            )
+            return
+        self._head_timer = self.loop.call_later(self.limits.head_seconds, self._no_head)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._drain_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    # ---- heads --------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            # Counted here too, twice at most: a header that never ends reaches no callback.
+            self._head_bytes += len(data)
+            if self._head_bytes > 2 * self.limits.head_bytes:
+                self._refuse(self._too_large())
+            elif self._head_timer is None:
+                self._head_timer = self.loop.call_later(self.limits.head_seconds, self._no_head)
+        elif self._idle and self.timeout_keep_alive_task is None:
+            # The rest of a body after its answer, or empty lines: uvicorn's own clock has stopped.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes, self._head_fields = True, 0, 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url), 0)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count(len(name) + len(value) + 4, 1)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn when its parser gives up, also because a callback here raised."""
+        if self._refused is not None:
+            self._refuse(self._refused)
+        else:
+            self._answer(problems.malformed_request(msg), {})
+
+    def _count(self, size: int, fields: int) -> None:
+        self._head_bytes += size
+        self._head_fields += fields
+        if self._head_bytes > self.limits.head_bytes or self._head_fields > self.limits.headers:
+            self._refused = self._too_large()
+            raise self._refused  # ends the parser, and comes back through `send_400_response`
+
+    def _too_large(self) -> HeadTooLarge:
+        return HeadTooLarge(
+            f"The head of a request has at most {self.limits.head_bytes} bytes and "
+            f"{self.limits.headers} headers here."
+        )
+
+    def _no_head(self) -> None:
+        self._head_timer = None
+        if not self._in_head:
+            self.transport.close()  # opened ahead of need, or forgotten
+            return
+        seconds = self.limits.head_seconds
+        self._refuse(RequestStalled(f"The request's head did not end within {seconds:g} s."))
+
+    # ---- answers ------------------------------------------------------------------------
+
+    @property
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            # It closes once everything is sent, and somebody must read for that.
+            self._watch_reader()
+        elif self._idle and self.cycle.more_body:
+            self._drain_timer = self.loop.call_later(_DRAIN_SECONDS, self.transport.abort)
+
+    def on_message_complete(self) -> None:
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+            self._drain_timer = None
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # the last answer was not even read
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _watch_reader(self) -> None:
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(
+                self.limits.response_idle_seconds, self.transport.abort
+            )
+
+    def _refuse(self, error: FoldserveError) -> None:
+        self._answer(problems.document(error), {})
+
+    def _answer(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        """A problem without the application, and the end of the connection."""
+        if self.transport.is_closing():
+            return
+        if not self._idle and self.cycle.response_started:
+            self.transport.abort()  # in the middle of another answer
+            return
+        answer = problems.response(body, {**security_headers(), **headers, "Connection": "close"})
+        status = HTTPStatus(answer.status_code)
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
+        fields = b"".join(b"%b: %b\r\n" % field for field in answer.raw_headers)
+        self.transport.write(head + fields + b"\r\n" + bytes(answer.body))
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+        self._watch_reader()
