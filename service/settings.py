@@ -140,11 +140,14 @@ class Settings(BaseSettings):
     head_seconds: float = _setting(
         10.0, "s", "Longest time from a request's first byte to the end of its head.", gt=0
     )
-    min_body_bytes_per_second: float = _setting(
-        1024.0, "bytes/s", "A body that arrives slower than this on the whole is given up.", ge=0
+    min_bytes_per_second: float = _setting(
+        1024.0,
+        "bytes/s",
+        "A body that comes, or an answer that is taken, more slowly on the whole is given up.",
+        ge=0,
     )
     response_idle_seconds: float = _setting(
-        60.0, "s", "A client that takes nothing of its answer for this long is cut off.", gt=0
+        60.0, "s", "How often the taking of an answer is looked at; none ends the connection.", gt=0
     )
     max_parts: int = _setting(1024, "parts", "Most parts of a multipart body.", ge=1)
     max_part_header_bytes: int = _setting(

@@ -103,6 +103,12 @@ def test_unknown_keyword_is_refused() -> None:
         ("BENCHMARK_BATCH_SIZES", "1,0"),
         ("BENCHMARK_BATCH_SIZES", "one"),
         ("MAX_PAGE_SIZE", "1"),
+        ("AUTH", "off"),
+        ("ALLOWED_HOSTS", "http://a.example"),
+        ("ALLOWED_HOSTS", "a.example:80"),
+        ("CORS_ORIGINS", "*"),
+        ("CORS_ORIGINS", "https://a.example/path"),
+        ("MAX_URL_BYTES", "70000"),
     ],
 )
 def test_bad_values_are_refused_by_name(
@@ -127,3 +133,29 @@ def test_store_addresses_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings()
     assert settings.effective_database_url == "postgresql+psycopg://h/db"
     assert settings.effective_blob_url == "s3://bucket/folder"
+
+
+@pytest.mark.parametrize(
+    ("auth", "host", "required"),
+    [
+        ("auto", "127.0.0.1", False),
+        ("auto", "127.9.9.9", False),
+        ("auto", "::1", False),
+        ("auto", "localhost", False),
+        ("auto", "0.0.0.0", True),
+        ("auto", "::", True),
+        ("auto", "10.0.0.1", True),
+        ("auto", "localhost.example.com", True),
+        ("keys", "127.0.0.1", True),
+        ("insecure-off", "0.0.0.0", False),
+    ],
+)
+def test_keys_are_asked_for_off_loopback(auth: str, host: str, required: bool) -> None:
+    assert Settings(auth=auth, host=host).keys_required is required  # type: ignore[arg-type]
+
+
+def test_names_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLDSERVE_ALLOWED_HOSTS", "A.example, *.b.example")
+    monkeypatch.setenv("FOLDSERVE_CORS_ORIGINS", "https://a.example,http://localhost:3000")
+    assert Settings().allowed_hosts == ("a.example", "*.b.example")
+    assert Settings().cors_origins == ("https://a.example", "http://localhost:3000")

@@ -40,10 +40,10 @@ async def chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
     """The body as it arrives.
 
     Raises RequestStalled after `idle_seconds` without a byte, or when it comes slower than
-    `min_body_bytes_per_second` on the whole, and starlette's ClientDisconnect. Only the time spent
+    `min_bytes_per_second` on the whole, and starlette's ClientDisconnect. Only the time spent
     waiting counts: a disk that is slow to take the bytes is not the client's fault.
     """
-    slowest = of(request).settings.min_body_bytes_per_second
+    slowest = of(request).settings.min_bytes_per_second
     received, waited = 0, 0.0
     while True:
         earned = received / slowest if slowest else math.inf

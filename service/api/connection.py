@@ -8,6 +8,9 @@ answer, and an answer that nobody reads. Bodies are watched where they are read 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import struct
+import termios
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -26,13 +29,17 @@ _DRAIN_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Connections at once; bytes and number of a request's headers; seconds of head and silence."""
+    """Connections at once; bytes, number and seconds of a request's headers; slowest reading.
+
+    Every `response_idle_seconds` a reader must have taken `bytes_per_second` times as much.
+    """
 
     connections: int
     head_bytes: int
     headers: int
     head_seconds: float
     response_idle_seconds: float
+    bytes_per_second: float
 
     @classmethod
     def of(cls, settings: Settings) -> ConnectionLimits:
@@ -42,6 +49,7 @@ class ConnectionLimits:
             settings.max_headers,
             settings.head_seconds,
             settings.response_idle_seconds,
+            settings.min_bytes_per_second,
         )
 
 
@@ -189,8 +197,30 @@ class Connection(HttpToolsProtocol):
     def _watch_reader(self) -> None:
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(
-                self.limits.response_idle_seconds, self.transport.abort
+                self.limits.response_idle_seconds, self._look_at_reader, self._unread()
             )
+
+    def _look_at_reader(self, before: int) -> None:
+        """Cut off a client that took too little since it was last looked at."""
+        self._write_timer = None
+        owed = max(1.0, self.limits.bytes_per_second * self.limits.response_idle_seconds)
+        if before - self._unread() < min(owed, before):
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+    def _unread(self) -> int:
+        """Bytes of answers that the client's machine has not acknowledged.
+
+        The kernel holds megabytes of them and calls for more in large steps only, so what
+        waits here says nothing about a slow client.
+        """
+        try:
+            descriptor = self.transport.get_extra_info("socket").fileno()
+            in_kernel = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))[0]
+        except (OSError, AttributeError):
+            in_kernel = 0
+        return int(in_kernel) + self.transport.get_write_buffer_size()
 
     def _refuse(self, error: FoldserveError) -> None:
         self._answer(problems.document(error), {})

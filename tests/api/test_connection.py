@@ -65,7 +65,7 @@ def test_an_address_has_a_length(guarded: Guarded) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"\0\1\2\r\n\r\n", b"GET /\r\n\r\n", b"GET / HTTP/1.1\r\nBad\r\n\r\n"]
+    "data", [b"\0\1\2\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\nBad\r\n\r\n"]
 )
 def test_what_is_no_http_is_a_problem_too(guarded: Guarded, data: bytes) -> None:
     assert asked(guarded[0].url, data) == (400, "malformed_request")
