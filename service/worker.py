@@ -26,12 +26,19 @@ from service.checkpoint.child import ChildLimits, run_sandboxed
 from service.checkpoint.launch import start_fork_server
 from service.errors import ConversionCrashed, FoldserveError, StoreError
 from service.networks import ModelConfig
+from service.serving import Tallied, Tally
 from service.store import BlobStore, Catalog, VersionRecord
 
 log = structlog.get_logger(__name__)
 
 _PROGRESS_SECONDS = 0.2
 """Shortest time between two stored progress reports of the same stage, in seconds."""
+
+
+RESULTS = ("ready", "rejected", "interrupted")
+"""How a conversion ends; an interrupted one is taken up at the next start."""
+
+_DURATION_SECONDS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class Hooks(Protocol):
@@ -66,6 +73,7 @@ class Worker:
         self.catalog, self.blobs, self.scratch = catalog, blobs, scratch
         self.limits, self.hooks = limits, hooks
         self.name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        self._durations = {result: Tally(_DURATION_SECONDS) for result in RESULTS}
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="foldserve-worker", daemon=True)
@@ -98,6 +106,10 @@ class Worker:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    def conversions(self) -> dict[str, Tallied]:
+        """Durations of the conversions so far, in seconds, by result."""
+        return {result: tally.read() for result, tally in self._durations.items()}
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
@@ -116,21 +128,27 @@ class Worker:
         scratch = self.scratch / uuid.uuid4().hex
         scratch.mkdir(parents=True)
         started = time.perf_counter()
+        result = "ready"
         try:
             self._walk(version, scratch)
         except FoldserveError as error:
+            result = "interrupted" if self._stopping.is_set() else "rejected"
             if not self._stopping.is_set():
                 self._reject(version, error)
         except Exception as error:
+            result = "rejected"
             log.exception("conversion_failed", model=version.model, version=version.version)
             self._reject(version, ConversionCrashed(f"{type(error).__name__}: {error}"))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            seconds = time.perf_counter() - started
+            self._durations[result].add(seconds)
             log.info(
                 "conversion_finished",
                 model=version.model,
                 version=version.version,
-                seconds=round(time.perf_counter() - started, 3),
+                result=result,
+                seconds=round(seconds, 3),
             )
         return True
 

@@ -40,7 +40,7 @@ for place in /etc/ssl/certs /etc/pip.conf /etc/xdg/pip $("$python" -m pip config
     [ -e "$place" ] && mounts+=(-v "$place:$place:ro")
 done
 built=$(date +%s)
-buildah bud --quiet --pull-never --layers "${options[@]}" "${mounts[@]}" --build-arg TORCH_INDEX="${TORCH_INDEX-}" \
+buildah bud --quiet --format docker --pull-never "${options[@]}" "${mounts[@]}" --build-arg TORCH_INDEX="${TORCH_INDEX-}" \
     --build-arg PIP_OPTIONS="${PIP_OPTIONS-}" --target "${TARGET:-cpu}" -t "$image" .
 echo "built in $(($(date +%s) - built)) s, $(buildah images --format '{{.Size}}' "$image")"
 

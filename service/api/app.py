@@ -112,7 +112,7 @@ async def _opened(settings: Settings, metrics: Metrics, keyring: Keyring) -> Asy
         # In a thread: the worker may be waiting for this very loop to load a model.
         stack.push_async_callback(run_in_threadpool, worker.stop, settings.drain_seconds)
         service = Service(settings, metrics, blobs, catalog, host, worker, decoders, keyring, named)
-        metrics.watch(lambda: health.families(service))
+        metrics.watch(lambda: health.watched(service))
         yield service
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import Metric
 
 from service import __version__
+from service.api import families
 from service.api.benchmark import saving
 from service.api.encoding import json_bytes
-from service.api.metrics import Family
 from service.api.schemas import Alive, HealthAnswer
 from service.api.state import Here, Service, in_thread
 from service.errors import StoreError
@@ -131,34 +131,12 @@ def _model(
     }
 
 
-def families(service: Service) -> Iterator[Family]:
-    """What Prometheus reads from the loaded models and the catalog at every scrape."""
-    labels = ["model", "version", "form"]
-    loaded = service.host.models.loaded()
-    waiting = GaugeMetricFamily("foldserve_queue_rows", "Rows that wait.", labels=labels)
-    weights = GaugeMetricFamily("foldserve_weight_bytes", "Bytes of weights.", labels=labels)
-    rows = CounterMetricFamily("foldserve_rows", "Rows computed.", labels=labels)
-    batches = CounterMetricFamily("foldserve_batches", "Batches computed.", labels=labels)
-    busy = CounterMetricFamily("foldserve_compute_seconds", "Device time.", labels=labels)
-    outcomes = CounterMetricFamily(
-        "foldserve_predictions", "Requests to a model by outcome.", labels=[*labels, "outcome"]
-    )
-    for each in loaded:
-        key = [each.key.model, str(each.key.version), each.key.form]
-        stats = each.stats
-        waiting.add_metric(key, stats.waiting_rows)
-        weights.add_metric(key, each.description.weight_bytes)
-        rows.add_metric(key, stats.rows)
-        batches.add_metric(key, stats.batches)
-        busy.add_metric(key, stats.busy_seconds)
-        for outcome in ("answered", "failed", "rejected", "expired", "departed"):
-            outcomes.add_metric([*key, outcome], getattr(stats, outcome))
-    yield from (waiting, weights, rows, batches, busy, outcomes)
-    _, counts = _checks(service)
-    versions = GaugeMetricFamily("foldserve_versions", "Versions by state.", labels=["state"])
-    for state, count in counts.items():
-        versions.add_metric([state], count)
-    yield versions
+def watched(service: Service) -> Iterator[Metric]:
+    """What is read from the service at every scrape."""
+    yield from families.of_models(service.host.models.loaded())
+    yield from families.of_conversions(service.worker.conversions())
+    yield from families.of_versions(_checks(service)[1])
+    yield from families.of_devices()
 
 
 @router.get(
@@ -168,6 +146,6 @@ def families(service: Service) -> Iterator[Family]:
     responses={200: {"description": "The exposition text.", "content": {"text/plain": {}}}},
 )
 async def metrics(service: Here) -> Response:
-    """Requests, queues, batches, compute time, versions by state, process figures."""
+    """Requests, queues, batches, compute time, conversions, devices, process figures."""
     body = await in_thread(service.metrics.render)
     return Response(body, media_type=service.metrics.content_type)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from service import __version__
 
-Family = GaugeMetricFamily | CounterMetricFamily
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -56,7 +55,7 @@ class Metrics:
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def watch(self, read: Callable[[], Iterable[Family]]) -> None:
+    def watch(self, read: Callable[[], Iterable[Metric]]) -> None:
         """Add families that are read from their source at every scrape."""
         self.registry.register(_Source(read))
 
@@ -66,11 +65,11 @@ class Metrics:
 
 
 class _Source(Collector):
-    def __init__(self, read: Callable[[], Iterable[Family]]) -> None:
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
         self._read = read
 
-    def collect(self) -> Iterable[Family]:
+    def collect(self) -> Iterable[Metric]:
         return self._read()
 
-    def describe(self) -> Iterable[Family]:
+    def describe(self) -> Iterable[Metric]:
         return ()  # names are known at the first scrape; nothing is read at registration

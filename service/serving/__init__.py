@@ -16,6 +16,7 @@ from service.serving.device import DeviceThread, available_cpus
 from service.serving.models import ModelSet, ModelSetLimits
 from service.serving.request import Result, Rows, Timing
 from service.serving.runner import Form, LoadedModel, LoadOptions, ModelKey
+from service.serving.tally import Tallied, Tally
 
 __all__ = [
     "Backend",
@@ -35,6 +36,8 @@ __all__ = [
     "Result",
     "RowSpec",
     "Rows",
+    "Tallied",
+    "Tally",
     "Timing",
     "available_cpus",
     "backend_named",

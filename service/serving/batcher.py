@@ -26,10 +26,29 @@ from service.serving.backends.base import Prepared
 from service.serving.backends.rows import RowSpec
 from service.serving.device import DeviceThread, hand_over
 from service.serving.request import Column, Request, Result, Rows, Slice, monotonic
+from service.serving.tally import Tallied, Tally
 
 Answer = tuple[Request, Result | Exception]
 
 log = logging.getLogger(__name__)
+
+WAIT_SECONDS = (
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+"""Bounds of the histogram of queue waits, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +68,14 @@ class BatchLimits:
 class BatcherStats:
     """Counters since the batcher began, and how things stand now.
 
+    `requests` came to the queue, and every one of them ends as one of the following or still waits:
     `answered`, `failed`, `rejected` (queue full), `expired` (deadline) and `departed` (the client
     left) count requests; `retried` counts slices that ran alone because their batch failed;
-    `batch_rows` counts batches by their rows; `busy_seconds` is device time.
+    `batch_rows` counts batches by their rows; `busy_seconds` is device time; `queue_seconds` tells
+    how long requests waited for the start of their first batch, in seconds.
     """
 
+    requests: int = 0
     answered: int = 0
     failed: int = 0
     rejected: int = 0
@@ -67,6 +89,7 @@ class BatcherStats:
     running_rows: int = 0
     rows_per_second: float = 0.0
     batch_rows: Mapping[int, int] = field(default_factory=dict)
+    queue_seconds: Tallied = field(default_factory=Tally(WAIT_SECONDS).read)
 
 
 class Batcher:
@@ -93,6 +116,7 @@ class Batcher:
         self._closing = False
         self._counts: Counter[str] = Counter()
         self._batch_rows: Counter[int] = Counter()
+        self._waits = Tally(WAIT_SECONDS)
         self._busy_seconds = 0.0
         self._seconds_per_row = 0.0
         self._last_finish = 0.0
@@ -128,6 +152,7 @@ class Batcher:
         """A snapshot of the counters; cheap, from any thread."""
         with self._lock:
             return BatcherStats(
+                requests=self._counts["requests"],
                 answered=self._counts["answered"],
                 failed=self._counts["failed"],
                 rejected=self._counts["rejected"],
@@ -141,6 +166,7 @@ class Batcher:
                 running_rows=self._running_rows,
                 rows_per_second=1 / self._seconds_per_row if self._seconds_per_row else 0.0,
                 batch_rows=dict(self._batch_rows),
+                queue_seconds=self._waits.read(),
             )
 
     async def close(self, *, drain: bool = True) -> None:
@@ -176,6 +202,7 @@ class Batcher:
         with self._lock:
             if self._closing:
                 raise NotLoaded("The model is being unloaded.")
+            self._counts["requests"] += 1
             if self._waiting_rows + len(request) > self.limits.queue_rows:
                 self._counts["rejected"] += 1
                 raise QueueFull(
@@ -257,6 +284,7 @@ class Batcher:
                 batch.append(Slice(request, request.taken, stop))
                 if not request.taken:
                     request.started = now
+                    self._waits.add(now - request.arrived)
                 room -= stop - request.taken
                 self._waiting_rows -= stop - request.taken
                 request.taken = stop

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
+import re
+
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import __version__
+from service.api.families import OUTCOMES
 from tests.api import tiny
+from tests.running import ROOT
 
 
 def samples(http: httpx.Client) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -79,3 +84,51 @@ def test_invented_paths_and_methods_make_no_series(http: httpx.Client) -> None:
     assert "unmatched" in routes
     assert not any("invented" in route or "coffee" in route for route in routes)
     assert "BREW" not in {dict(label)["method"] for label in labels}
+
+
+def test_outcomes_add_up_to_requests(http: httpx.Client, model: str) -> None:
+    headers = {"Content-Type": tiny.NPY}
+    for _ in range(4):
+        http.post(f"/v1/models/{model}/predict", content=tiny.npy(tiny.rows(3)), headers=headers)
+    found = samples(http)
+    requests = found["foldserve_prediction_requests_total"]
+    assert requests
+    for labels, value in requests.items():
+        parts = [
+            found["foldserve_predictions_total"][tuple(sorted((*labels, ("outcome", outcome))))]
+            for outcome in OUTCOMES
+        ]
+        assert sum(parts) == value, labels
+        assert found["foldserve_queue_seconds_count"][labels] == value
+        assert found["foldserve_batch_rows_count"][labels] <= value
+        assert found["foldserve_batch_rows_sum"][labels] == found["foldserve_rows_total"][labels]
+
+
+def test_conversions_are_counted_by_result(http: httpx.Client, model: str) -> None:
+    def count(result: str) -> float:
+        return samples(http)["foldserve_conversion_seconds_count"][(("result", result),)]
+
+    before, ready = count("rejected"), count("ready")
+    assert ready >= 1
+    http.post(
+        "/v1/models/metered/versions",
+        content=b"no checkpoint",
+        headers={"Content-Type": "application/octet-stream", "Prefer": "wait=120"},
+    )
+    assert count("rejected") == before + 1
+    assert count("ready") == ready
+
+
+def test_the_dashboard_asks_for_series_that_exist(http: httpx.Client, model: str) -> None:
+    row = tiny.npy(tiny.rows(1))
+    http.post(f"/v1/models/{model}/predict", content=row, headers={"Content-Type": tiny.NPY})
+    dashboard = json.loads((ROOT / "deploy/grafana/foldserve.json").read_text())
+    queries = [
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())
+    ]
+    named = {
+        name for query in queries for name in re.findall(r"\b(?:foldserve|process)_\w+", query)
+    }
+    assert len(queries) >= 10
+    only_on_a_gpu = {"foldserve_device_memory_bytes"}
+    assert named - samples(http).keys() - only_on_a_gpu == set()
