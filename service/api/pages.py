@@ -1,76 +1,77 @@
-"""The pages for people: status at `/`, the API at `/docs`, the problem codes at `/problems`.
+"""The pages for people: models at `/`, a model, the service, the API and the problem codes.
 
-Rendered on the server, without scripts, from files that ship in the package: nothing is loaded from
-elsewhere, so they work on a machine without a way out and under the strictest content policy.
+Pages of data are shells without data: their scripts read the same JSON as every other client, with
+the login's cookie where keys are needed, so a page can show nothing that its reader may not ask
+for. All files ship in the package and load nothing from elsewhere: they work on a machine without a way out
+and under a strict content policy.
 """
 
 from __future__ import annotations
 
 import json
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 import service.web
 from service import __version__
-from service.api import health, problems
-from service.api.resources import version_resource
-from service.api.state import Here, Service, in_thread
-from service.errors import FoldserveError
-from service.store import VersionRecord
+from service.api import problems
+from service.api.guard import COOKIE
+from service.store import check_model_name
 
 router = APIRouter(include_in_schema=False)
 
 _WEB = Path(service.web.__file__).parent
-_RECENT = 20
 _METHODS = ("get", "post", "put", "delete")
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=int(seconds)))
-
-
-def _small(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.1e}"
-
-
-def _figure(value: float) -> str:
-    """A number short enough for a label: 1520000000 is `1.52 G`, 31.24 is `31.2`."""
-    for size, sign in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if value >= size:
-            return f"{value / (1e3 if sign == ' k' else size):.3g}{sign}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 _templates = Environment(
     loader=PackageLoader("service.web"), autoescape=True, undefined=StrictUndefined
 )
-_templates.filters |= {"duration": _duration, "small": _small, "figure": _figure}
+
+
+class _Files(StaticFiles):
+    """Files that the browser keeps but asks about, so that an upgrade is seen at once."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 def mount_static(app: FastAPI) -> None:
-    """Serve the style and the icon."""
-    app.mount("/static", StaticFiles(directory=_WEB / "static"), name="static")
+    """Serve styles, scripts and the icon, compressed."""
+    app.mount("/static", GZipMiddleware(_Files(directory=_WEB / "static")), name="static")
 
 
-def page(name: str, **values: Any) -> Response:
+def page(template: str, /, **values: Any) -> Response:
     """One of the templates, filled in; never kept by a cache."""
-    text = _templates.get_template(f"{name}.html").render(page=name, version=__version__, **values)
+    text = _templates.get_template(f"{template}.html").render(
+        {"page": template, "version": __version__, "keyed": False, **values}
+    )
     return HTMLResponse(text, headers={"Cache-Control": "no-store"})
 
 
 @router.get("/")
-async def status(request: Request, service: Here) -> Response:
-    """What is served, what was uploaded last, and how the service is."""
-    body = await health.overview(service)
-    served, recent = await in_thread(_status_rows, service, body["models"])
-    base = str(request.base_url).rstrip("/")
-    return await in_thread(page, "status", health=body, served=served, recent=recent, base=base)
+async def home(request: Request) -> Response:
+    """Upload a checkpoint, follow it, and the list of models."""
+    return page("home", keyed=COOKIE in request.cookies)
+
+
+@router.get("/models/{name}")
+async def model(name: str, request: Request) -> Response:
+    """A model: versions, certificate, network, latency, downloads. Raises NameInvalid."""
+    return page("model", name=check_model_name(name), keyed=COOKIE in request.cookies)
+
+
+@router.get("/service")
+async def service_page(request: Request) -> Response:
+    """Throughput, queues, latency, device and memory, live."""
+    return page("service", keyed=COOKIE in request.cookies)
 
 
 @router.get("/docs")
@@ -93,36 +94,6 @@ async def one_problem(code: str) -> Response:
     if code not in {row["code"] for row in rows}:
         return problems.not_found(f"/problems/{code}")
     return page("problems", rows=rows, chosen=code)
-
-
-def _status_rows(
-    service: Service, models: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    served = []
-    for each in models:
-        try:
-            record = service.catalog.get_version(each["model"], each["version"])
-        except FoldserveError:  # deleted meanwhile
-            continue
-        if record.fusion is not None and record.architecture is not None:
-            served.append(_card(each, record))
-    page = service.catalog.list_versions(limit=_RECENT)
-    recent = [version_resource(record, service.host.default(record.model)) for record in page.items]
-    return served, recent
-
-
-def _card(health_row: dict[str, Any], record: VersionRecord) -> dict[str, Any]:
-    form = health_row["forms"].get("deploy") or next(iter(health_row["forms"].values()))
-    return {
-        "model": record.model,
-        "version": record.version,
-        "default": health_row["default"],
-        "architecture": record.architecture,
-        "fusion": record.fusion,
-        "saving": health_row["latency_saving"],
-        "measure": health_row["measure"],
-        "runs": f"{form['device']}, {form['backend']}, {form['precision']}",
-    }
 
 
 def _operations(openapi: dict[str, Any], base: str) -> list[tuple[str, list[dict[str, Any]]]]:
