@@ -20,8 +20,8 @@ from service.api.metrics import Metrics
 REQUEST_ID = "x-request-id"
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
-# The pages need nothing from elsewhere: own scripts and styles, no frames, no forms to strangers; and
-# no script may turn a string into markup or code.
+# The pages need nothing from elsewhere: own scripts and styles, no frames, no forms to strangers,
+# and no script may turn a string into markup or code.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'self'; "

@@ -2,8 +2,8 @@
 
 Pages of data are shells without data: their scripts read the same JSON as every other client, with
 the login's cookie where keys are needed, so a page can show nothing that its reader may not ask
-for. All files ship in the package and load nothing from elsewhere: they work on a machine without a way out
-and under a strict content policy.
+for. All files ship in the package and load nothing from elsewhere: they work on a machine without a
+way out and under a strict content policy.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_request_ids_are_echoed_if_harmless(http: httpx.Client) -> None:
 
 
 def test_security_headers_are_everywhere(http: httpx.Client) -> None:
-    for path in ("/", "/health", "/nothing", "/v1/models", "/static/style.css"):
+    for path in ("/", "/health", "/nothing", "/v1/models", "/static/css/base.css"):
         headers = http.get(path).headers
         assert headers["x-content-type-options"] == "nosniff"
         assert "frame-ancestors 'none'" in headers["content-security-policy"]

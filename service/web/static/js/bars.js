@@ -11,7 +11,7 @@ export function savings(totals, batches) {
   const of = (/** @type {string} */ field, /** @type {string} */ name, /** @type {(value: number) => string} */ format) => pair(name, totals[`${field}_before`], totals[`${field}_after`], format, null);
   return [
     of("convolutions", "Convolutions", count),
-    of("macs", "Multiply-accumulates a row", count),
+    of("macs", "MACs a row", count),
     of("parameters", "Parameters", count),
     of("bytes", "Weights", bytes),
     ...batches.map((batch) => pair(`Latency, batch ${batch.batch_size}`, batch.train.median_ms, batch.deploy.median_ms, milliseconds, batch.saving_percent === null ? batch.verdict : null)),

@@ -1,5 +1,5 @@
 // The certificate of a conversion, in words and in numbers.
-import { badge, fact, h, svg } from "./dom.js";
+import { fact, h, svg } from "./dom.js";
 import { error, plural } from "./format.js";
 
 /**
@@ -54,7 +54,7 @@ export function certificateCard(version) {
   return h(
     "div",
     { class: "card certificate" },
-    h("div", { class: "words" }, h("p", {}, badge("ready"), " ", h("strong", {}, "Proved equal")), ...inWords(version).map((text) => h("p", {}, text)), probes(certificate)),
+    h("div", { class: "words" }, h("p", {}, h("span", { class: "badge ready" }, "proved equal")), ...inWords(version).map((text) => h("p", {}, text)), probes(certificate)),
     errors.length > 0 && h("div", { class: "scales" }, ...errors),
   );
 }

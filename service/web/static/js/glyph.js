@@ -55,9 +55,8 @@ export function figure(block, after) {
   const drawing = placed(block.operations ?? []);
   const high = Math.max(1, drawing.lanes) * LANE + 16;
   const folds = block.status === "fused" && drawing.nodes.length > 1;
-  const inner = (drawing.columns + 1) * STEP;
-  const wide = inner + (folds ? 150 : 24);
   const x = (/** @type {number} */ column) => 14 + column * STEP - (column > 0 ? 10 : 0);
+  const wide = x(drawing.columns) + (folds ? 162 : 40);
   const y = (/** @type {number} */ lane) => high / 2 + (lane - (drawing.lanes - 1) / 2) * LANE;
   const end = last(drawing);
   return svg(

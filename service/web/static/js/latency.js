@@ -114,7 +114,7 @@ function drawn(place, batches) {
     scales: { x: { time: false, range: [-0.5, batches.length - 0.5] }, y: { range: [0, most * 1.08] } },
     axes: [
       { ...paint.axis, splits: () => at, values: () => batches.map((batch) => String(batch.batch_size)), label: "Batch size", labelSize: 26 },
-      { ...paint.axis, size: 64, values: (/** @type {any} */ _, /** @type {number[]} */ values) => values.map((value) => `${significant(value)} ms`) },
+      { ...paint.axis, size: 64, values: (/** @type {any} */ _, /** @type {number[]} */ values) => values.map(milliseconds) },
     ],
     series: [{}, { stroke: paint.train, width: 2, points: { size: 8, fill: paint.train } }, { stroke: paint.deploy, width: 2.5, points: { size: 8, fill: paint.deploy } }],
     hooks: { draw: [whiskers] },

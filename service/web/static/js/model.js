@@ -48,8 +48,8 @@ function select(number) {
 }
 
 async function version() {
-  byId("version").hidden = shown === null;
   if (shown === null) {
+    byId("version").hidden = true;
     byId("summary").textContent = "No versions.";
     return;
   }
@@ -58,7 +58,7 @@ async function version() {
     const found = await getJson(`/v1/models/${name}/versions/${asked}`);
     if (asked === shown) await show(found);
   } catch (error) {
-    fill(byId("state-section"), errorBox(error));
+    fill(byId("model-problem"), errorBox(error));
   }
 }
 
@@ -66,17 +66,21 @@ async function version() {
 async function show(found) {
   const ready = found.state === "ready";
   byId("summary").textContent = inShort(found);
-  for (const id of ["certificate", "saved", "network", "latency", "try"]) byId(`${id}-section`).hidden = !ready;
+  for (const id of ["certificate", "saved", "network"]) byId(`${id}-section`).hidden = !ready;
   if (!ready) state(found);
   else fill(byId("state-section"));
-  const openapi = await getJson("/openapi.json");
+  const servable = ready && found.architecture.input_shape !== null;
+  for (const id of ["latency", "try"]) byId(`${id}-section`).hidden = !servable;
+  const [openapi, report, benchmark] = await Promise.all([
+    getJson("/openapi.json"),
+    ready ? getJson(found.links.report) : null,
+    servable ? lastBenchmark(name, found.version) : null,
+  ]);
+  if (found.version !== shown) return;
+  byId("version").hidden = false;
   showDownloads(byId("downloads"), found, formatsOf(openapi));
   if (!ready) return;
   fill(byId("certificate"), certificateCard(found));
-  const servable = found.architecture.input_shape !== null;
-  for (const id of ["latency", "try"]) byId(`${id}-section`).hidden = !servable;
-  const [report, benchmark] = await Promise.all([getJson(found.links.report), servable ? lastBenchmark(name, found.version) : null]);
-  if (found.version !== shown) return;
   const measured = (/** @type {any} */ result) => {
     fill(byId("saved"), ...savings(found.fusion, result?.batches ?? []));
     if (servable) showLatency(byId("latency"), found, result, measured);

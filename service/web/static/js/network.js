@@ -74,7 +74,7 @@ function group(name, blocks, open, show) {
   return h(
     "details",
     { class: "stage", open },
-    h("summary", {}, h("code", {}, name), " ", h("span", { class: "hint" }, `${plural(blocks.length, "block")}, ${before === after ? plural(before, "convolution") : `${before} → ${plural(after, "convolution")}`}`)),
+    h("summary", {}, h("code", {}, name), " ", h("span", { class: "hint" }, `${plural(blocks.length, "block")}, ${before === after ? plural(before, "convolution") : `${before} → ${after} convolutions`}`)),
     flow,
   );
 }

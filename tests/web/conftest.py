@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, expect, sync_playwright
+
+from tests.api import tiny
+from tests.running import RunningServer
+from tests.web.watched import Watched
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+PATIENCE_MS = 60_000  # a shared machine may be slow; nothing here waits longer than it must
+_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium, with a user data folder of its own."""
+    if CHROMIUM is None:
+        if os.environ.get("CI_NEEDS_CHROMIUM"):
+            pytest.fail("Continuous integration should have installed chromium.")
+        pytest.skip("no chromium here: apt-get install chromium")
+    expect.set_options(timeout=PATIENCE_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: RunningServer) -> Iterator[Callable[..., Watched]]:
+    """Opens watched pages; what they must never do is checked when the test ends."""
+    opened: list[Watched] = []
+
+    def make(width: int = 1280, theme: str = "light", reduced: bool = True) -> Watched:
+        context = browser.new_context(
+            base_url=server.url,
+            viewport={"width": width, "height": 900},
+            color_scheme=theme,
+            reduced_motion="reduce" if reduced else "no-preference",
+        )
+        context.set_default_timeout(PATIENCE_MS)
+        opened.append(Watched(context.new_page(), server.url))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.page.context.close()
+    for each in opened:
+        each.check()
+
+
+@pytest.fixture
+def web(open_page: Callable[..., Watched]) -> Watched:
+    """One watched page of desktop width in the light theme."""
+    return open_page()
+
+
+@pytest.fixture(scope="session")
+def shown(server: RunningServer) -> str:
+    """A model for looking at: two ready versions. Not to be changed."""
+    name = "web-shown"
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        for seed in (0, 1):
+            put(client, name, seed)
+    return name
+
+
+def put(http: httpx.Client, name: str, seed: int = 0, **config: object) -> httpx.Response:
+    """Upload the tiny network and wait until it serves."""
+    answer = http.post(
+        f"/v1/models/{name}/versions",
+        files={"checkpoint": ("tiny.pth", tiny.checkpoint(seed))},
+        data={"config": json.dumps(tiny.CONFIG | config)},
+        headers={"Prefer": "wait=100"},
+    )
+    assert answer.status_code == 201, answer.text
+    return answer
