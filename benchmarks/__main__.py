@@ -1,6 +1,6 @@
 """`python -m benchmarks [NAME] [options]`: run one benchmark, or `engine` if none is named.
 
-Names: conformance, engine, fusing, server. `python -m benchmarks NAME --help` lists its options.
+Names: conformance, engine, fusing, orepa, server. Each lists its options with `--help`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("conformance", "engine", "fusing", "server")
+BENCHMARKS = ("conformance", "engine", "fusing", "orepa", "server")
 
 
 def main(arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from service.networks import ResNet, recognise
+from benchmarks.orepa import saved_bytes
+from service.demo.digits import Digits, Recipe, accuracy, load_digits, train
+from service.fusion import fuse
+from service.graph import run
+from service.networks import ModelConfig, ResNet, build, recognise
 from service.networks.orepa import (
     OREPA,
     OREPA1x1,
@@ -109,3 +114,59 @@ def test_networks_are_recognised() -> None:
     found = recognise(plain.state_dict())
     assert found.name == "OREPA-VGG (custom)"
     assert found.hyperparameters["widths"] == [16, 24]
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, Digits]:
+    data = load_digits()
+    recipe = Recipe("digits-orepa", "OREPA", partial(_residual, "orepa"), {}, epochs=8)
+    return train(recipe, data), data
+
+
+def _residual(unit: str) -> ResNet:
+    """A ResNet of two basic blocks for 8x8 images."""
+    shape = {"num_blocks": [1, 1], "planes": [12, 24], "stem_width": 12, "stem_kernel": 3}
+    stem = {"stem_stride": 1, "stem_pool": False, "in_channels": 1, "num_classes": 10}
+    return ResNet(unit=unit, block="basic", **shape, **stem)
+
+
+def test_it_learns_digits_and_keeps_what_it_learnt_when_folded(
+    trained: tuple[nn.Module, Digits],
+) -> None:
+    network, data = trained
+    assert accuracy(network, data) > 0.9
+    assert accuracy(_residual("orepa").eval(), data) < 0.5
+
+    config = ModelConfig(input_shape=(1, 8, 8))
+    state = network.state_dict()
+    again = build(recognise(state, config), state)
+    fusion = fuse(again, (data.test_images[:2],))
+    assert fusion.report.totals.fused == 6
+    (scores,) = run(fusion.program, data.test_images)
+    with torch.no_grad():
+        wanted = network(data.test_images)
+    assert scores.argmax(1).equal(wanted.argmax(1))
+    assert float((scores - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+def test_training_moves_every_branch_and_every_scale(trained: tuple[nn.Module, Digits]) -> None:
+    network, _ = trained
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = _residual("orepa")
+    before = dict(fresh.named_parameters())
+    for name, parameter in network.named_parameters():
+        assert not parameter.detach().allclose(before[name], rtol=1e-3, atol=1e-5), name
+    rows = [p for name, p in network.named_parameters() if name.endswith("vector")]
+    assert len(rows) == 5
+    assert all(bool((row.std(1) > 0).all()) for row in rows)
+
+
+def test_training_keeps_less_for_the_backward_pass_than_dbb() -> None:
+    batch = torch.randn(64, 1, 8, 8)
+    saved = {kind: saved_bytes(_residual(kind).train(), batch) for kind in ("orepa", "dbb", "base")}
+    assert saved["orepa"] < saved["dbb"] / 2
+    # What is left beside a plain network is the kernels of the branches, whatever the batch.
+    double = saved_bytes(_residual("orepa").train(), torch.cat([batch, batch]))
+    plain = saved_bytes(_residual("base").train(), torch.cat([batch, batch]))
+    assert double - saved["orepa"] == plain - saved["base"]
