@@ -31,6 +31,7 @@ from service.fusion import (
     fuse,
     quantisation_report,
     ranges_to_dict,
+    report_text,
 )
 from service.graph import Program, Pt2Limits, load_program, load_pt2, save_program, trace
 from service.networks import (
@@ -260,6 +261,12 @@ def write(
         block["error_float64"] = errors.get(block["module"])
     files["report"].write_text(json.dumps(document, indent=1))
     return files
+
+
+def read_report(path: Path) -> tuple[dict[str, Any], str]:
+    """A conversion's report as it was written, and as text for people."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document, report_text(document)
 
 
 def deploy_state(

@@ -103,6 +103,9 @@ def test_inspect_gives_its_evidence(checkpoint: Path, config: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "RepVGG" in done.stdout
     assert "evidence" in done.stdout
+    assert "Fused, each region into one operator (5)" in done.stdout
+    assert "branch addition: Ding et al. 2021" in done.stdout
+    assert "Readiness for int8" in done.stdout
 
 
 def test_pack_then_convert_a_network_nobody_knows(tmp_path: Path) -> None:

@@ -55,15 +55,19 @@ def inspect(
     source: _File, arch: _Arch = None, config: _Config = None, as_json: _Json = False
 ) -> None:
     """Tell what a checkpoint is, why that is believed, and what fusing it gives. Writes nothing."""
+    from service.pipeline import read_report
+
     with show.refusals(), tempfile.TemporaryDirectory() as folder:
         result = _convert(source, _config(arch, config), Path(folder), quiet=as_json)
+        report, text = read_report(Path(result["files"]["report"]))
     if as_json:
-        show.as_json(_without_files(result))
+        show.as_json({**_without_files(result), "report": report})
         return
     show.certificate(result["architecture"], result["fusion"], f"{source} ({result['form']} form)")
     for name in ("evidence", "assumed"):
         for sentence in result["architecture"].get(name, []):
             show.out.print(f"[dim]{name}[/] {sentence}", highlight=False)
+    typer.echo(f"\n{text}")
 
 
 def pack(

@@ -6,6 +6,7 @@ from service.fusion.certificate import Certificate, CertificateLimits, certify
 from service.fusion.engine import Fusion, fuse
 from service.fusion.ranges import LayerRange, quantisation_report, ranges_to_dict
 from service.fusion.report import Block, Report, Totals
+from service.fusion.text import report_text
 
 __all__ = [
     "Block",
@@ -22,4 +23,5 @@ __all__ = [
     "fuse",
     "quantisation_report",
     "ranges_to_dict",
+    "report_text",
 ]

@@ -20,11 +20,13 @@ from service.graph.trace import trace
 class Fusion:
     """The fused program, what was done, and the means to check it.
 
-    `source` is the program that was fused; it is never changed. Values keep their names, but those
-    in `renamed`, which turned out to be another value.
+    `source` is the program that was fused; it is never changed. `separate` has one operator a
+    region, in `program` sibling convolutions are merged. Values keep their names, but those in
+    `renamed`, which turned out to be another value.
     """
 
     source: Program
+    separate: Program
     program: Program
     report: Report
     regions: tuple[Region, ...]
@@ -62,6 +64,7 @@ def fuse(network: Program | nn.Module, example: tuple[Tensor, ...] | None = None
     report = make_report(analysis, chosen, rewritten.regions, merged)
     return Fusion(
         source=network,
+        separate=rewritten.program,
         program=merged.program,
         report=report,
         regions=rewritten.regions,

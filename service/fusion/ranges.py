@@ -9,7 +9,7 @@ symmetric 8-bit grid leaves, before and after.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,9 @@ from service.fusion.certificate import make_probe
 from service.fusion.cost import node_macs
 from service.fusion.engine import Fusion
 from service.fusion.jsonable import jsonable
-from service.fusion.rewrite import Region
 from service.fusion.rules import CONVOLUTIONS
 from service.graph.module import run
-from service.graph.program import Node, Ref
+from service.graph.program import Node, Program, Ref
 
 LEVELS = 127
 """Positive levels of a symmetric 8-bit grid."""
@@ -64,21 +63,33 @@ class LayerRange:
 
 
 def quantisation_report(fusion: Fusion, seed: int = 2021) -> tuple[LayerRange, ...]:
-    """Ranges of every fused layer, with a warning where fusing widened the kernel."""
-    weights = fusion.program.weights
-    regions = [region for region in fusion.regions if region.weight in weights]
-    outputs = _outputs(fusion, regions, seed)
+    """Ranges of every layer with a stored kernel, with a warning where fusing widened it.
+
+    Siblings that were merged are told one by one.
+    """
+    program = fusion.separate
+    regions = {region.weight: region for region in fusion.regions}
     nodes = {node.name: node for node in fusion.source.nodes}
     layers = []
-    for region in regions:
-        assert region.weight is not None
-        before = _main_branch(fusion, [nodes[name] for name in sorted(region.form.nodes)])
-        after = kernel_range(weights[region.weight].double())
-        low, high, spread = outputs.get(region.output, (math.nan, math.nan, math.nan))
+    found = [(node, weight) for node in program.nodes if (weight := _stored_kernel(node, program))]
+    outputs = _outputs(program, [node.name for node, _ in found], seed)
+    for node, weight in found:
+        region = regions.get(weight)
+        members = [nodes[name] for name in sorted(region.form.nodes)] if region else []
+        before, after = _main_branch(fusion, members), kernel_range(program.weights[weight])
+        low, high, spread = outputs[node.name]
         layers.append(
-            LayerRange(region.module, before, after, (low, high), spread, _warning(before, after))
+            LayerRange(node.source, before, after, (low, high), spread, _warning(before, after))
         )
     return tuple(layers)
+
+
+def _stored_kernel(node: Node, program: Program) -> str | None:
+    """The name of the weight that a convolution, linear layer or per-channel scale uses."""
+    weight = node.args.get("weight")
+    used = node.op in CONVOLUTIONS or node.op in {"aten.linear", "aten.batch_norm"}
+    stored = used and isinstance(weight, Ref) and weight.name in program.weights
+    return weight.name if stored and isinstance(weight, Ref) else None
 
 
 def kernel_range(kernel: Tensor) -> KernelRange:
@@ -107,15 +118,18 @@ def sqnr(values: Tensor, largest: Tensor) -> float:
 
 
 def _outputs(
-    fusion: Fusion, regions: Iterable[Region], seed: int
+    program: Program, names: Sequence[str], seed: int
 ) -> dict[str, tuple[float, float, float]]:
-    """Smallest, largest and spread of every region's output on one random probe."""
-    existing = {node.name for node in fusion.program.nodes}
-    names = [region.output for region in regions if region.output in existing]
+    """Smallest, largest and spread of values of the program on one random probe."""
     if not names:
         return {}
-    inputs = [make_probe(spec, 2, seed).float() for spec in fusion.program.inputs]
-    observed = run(replace(fusion.program, outputs=tuple(names)), *inputs)
+    inputs = [
+        probe.float() if probe.is_floating_point() else probe
+        for probe in (
+            make_probe(spec, 2, seed + index) for index, spec in enumerate(program.inputs)
+        )
+    ]
+    observed = run(replace(program, outputs=tuple(names)), *inputs)
     result = {}
     for name, value in zip(names, observed, strict=True):
         magnitudes = value.abs().flatten()

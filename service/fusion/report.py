@@ -13,7 +13,8 @@ from service.fusion.cover import BORDER_REASON, Cover, usable
 from service.fusion.jsonable import jsonable
 from service.fusion.rewrite import Region
 from service.fusion.rules import CONVOLUTIONS
-from service.fusion.siblings import Merge, Merged
+from service.fusion.siblings import Apart, Merge, Merged
+from service.fusion.text import report_text
 from service.graph.program import Node, Program, TensorSpec
 
 
@@ -37,7 +38,7 @@ class Block:
     """One linear region. `status` is `fused`, `kept` (nothing to gain) or `refused` (not exact).
 
     `modules` are the source modules, `operations` what it was made of in execution order, `rules`
-    and `sources` how they were joined and where the rule is published; counts are of one sample.
+    and `sources` how they were joined and where each rule is published; counts are of one sample.
     """
 
     module: str
@@ -85,36 +86,25 @@ class Totals:
 
 @dataclass(frozen=True)
 class Report:
-    """Every block, and the groups of sibling convolutions that were merged afterwards."""
+    """Every block, and the sibling convolutions that were merged afterwards, or stay apart."""
 
     blocks: tuple[Block, ...]
     merges: tuple[Merge, ...]
+    apart: tuple[Apart, ...]
     totals: Totals
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: `{"totals": …, "blocks": […], "merges": […]}`."""
+        """JSON-able: `{"totals": …, "blocks": […], "merges": […], "apart": […]}`."""
         return {
             "totals": jsonable(self.totals),
             "blocks": [jsonable(block) for block in self.blocks],
             "merges": [jsonable(merge) for merge in self.merges],
+            "apart": [jsonable(group) for group in self.apart],
         }
 
     def to_text(self) -> str:
-        """A table for a terminal, one line a block."""
-        lines = [
-            f"{block.status:8s} {block.module or '(root)':40s} "
-            f"{block.operators_before:3d} -> {block.operators_after} operators  "
-            f"{block.reason or ', '.join(block.rules)}"
-            for block in self.blocks
-        ]
-        lines += [f"merged   {', '.join(merge.modules)}" for merge in self.merges]
-        t = self.totals
-        lines.append(
-            f"{t.fused} fused, {t.kept} kept, {t.refused} refused; convolutions "
-            f"{t.convolutions_before} -> {t.convolutions_after}; MACs {t.macs_before:,} -> "
-            f"{t.macs_after:,}; parameters {t.parameters_before:,} -> {t.parameters_after:,}"
-        )
-        return "\n".join(lines)
+        """The same for people, without what only a certificate or probes tell."""
+        return report_text(self.to_dict())
 
 
 def make_report(
@@ -132,7 +122,7 @@ def make_report(
         elif form is None and nodes[name].op in CONVOLUTIONS:
             blocks.append(_kept_block(nodes[name], analysis, cover, nodes))
     totals = _totals(blocks, analysis.program, merged.program)
-    return Report(tuple(blocks), merged.merges, totals)
+    return Report(tuple(blocks), merged.merges, merged.apart, totals)
 
 
 def _fused_block(region: Region, analysis: Analysis, nodes: dict[str, Node]) -> Block:
@@ -145,7 +135,7 @@ def _fused_block(region: Region, analysis: Analysis, nodes: dict[str, Node]) -> 
         status="fused",
         reason="",
         rules=tuple(rule.value for rule in rules),
-        sources=tuple(dict.fromkeys(rule.source for rule in rules)),
+        sources=tuple(rule.source for rule in rules),
         modules=_modules(members),
         operations=_operations(members, analysis),
         operators_before=len(members),

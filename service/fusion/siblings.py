@@ -9,14 +9,14 @@ the reading saved.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from service.fusion.cost import MACS_PER_ELEMENT, elements
-from service.graph.program import Argument, Node, Program, Ref
+from service.graph.program import Argument, Node, Program, Ref, TensorSpec
 
 ELEMENTWISE = frozenset(
     f"aten.{name}"
@@ -41,23 +41,45 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Convolutions that read one value and stay apart, and the reason."""
+
+    source: str
+    modules: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Merged:
     program: Program
     merges: tuple[Merge, ...]
+    apart: tuple[Apart, ...] = ()
 
 
 def merge_siblings(program: Program) -> Merged:
     """Merge every group of sibling convolutions where it pays; the input is not changed."""
     nodes = {node.name: node for node in program.nodes}
-    readers = program.readers()
-    plans = [
-        plan
-        for group in _groups(program)
-        if (plan := _plan(group, nodes, readers, program)) is not None
-    ]
+    readers, specs = program.readers(), program.specs()
+    plans: list[_Plan] = []
+    apart: list[Apart] = []
+    for source, siblings in _siblings(program).items():
+        groups: dict[tuple[object, ...], list[Node]] = defaultdict(list)
+        for node in siblings:
+            groups[_geometry(node, program)].append(node)
+        for group in groups.values():
+            if len(group) > 1:
+                plan = _plan(group, nodes, readers, specs)
+                if isinstance(plan, Apart):
+                    apart.append(plan)
+                else:
+                    plans.append(plan)
+        if len(groups) > 1:
+            alone = [group[0] for group in groups.values() if len(group) == 1]
+            apart += _alone(source, alone, siblings, program)
     if not plans:
-        return Merged(program, ())
-    return Merged(_apply(program, plans, nodes), tuple(plan.merge for plan in plans))
+        return Merged(program, (), tuple(apart))
+    merges = tuple(plan.merge for plan in plans)
+    return Merged(_apply(program, plans, nodes), merges, tuple(apart))
 
 
 @dataclass(frozen=True)
@@ -67,29 +89,54 @@ class _Plan:
     activation: Node | None
 
 
-def _groups(program: Program) -> Iterable[list[Node]]:
-    """Convolutions by what they read and how, in program order."""
-    groups: dict[tuple[object, ...], list[Node]] = defaultdict(list)
+def _siblings(program: Program) -> dict[str, list[Node]]:
+    """Convolutions with stored kernels by the value they read, where that has several of them."""
+    found: dict[str, list[Node]] = defaultdict(list)
     for node in program.nodes:
-        weight = node.args.get("weight")
+        weight, source = node.args.get("weight"), node.args.get("input")
         if not node.op.startswith("aten.conv") or "transpose" in node.op:
             continue
-        if not isinstance(weight, Ref) or weight.name not in program.weights:
-            continue
-        kernel = tuple(program.weights[weight.name].shape[2:])
-        key = (node.op, kernel, *(node.args[k] for k in ("input", "stride", "padding", "dilation")))
-        if node.args["groups"] == 1:
-            groups[key].append(node)
-    return [group for group in groups.values() if len(group) > 1]
+        if isinstance(weight, Ref) and weight.name in program.weights and isinstance(source, Ref):
+            found[source.name].append(node)
+    return {source: nodes for source, nodes in found.items() if len(nodes) > 1}
+
+
+def _kernel(node: Node, program: Program) -> tuple[int, ...]:
+    return tuple(program.weights[_name(node.args["weight"])].shape[2:])
+
+
+def _geometry(node: Node, program: Program) -> tuple[object, ...]:
+    """What convolutions must have in common to become one; a grouped one has it alone."""
+    if node.args["groups"] != 1:
+        return (node.name,)
+    movement = (node.args[key] for key in ("stride", "padding", "dilation"))
+    return (node.op, _kernel(node, program), *movement)
+
+
+def _alone(
+    source: str, alone: Sequence[Node], siblings: Sequence[Node], program: Program
+) -> list[Apart]:
+    """The siblings that no other has the geometry of, with what tells them apart."""
+    if not alone:
+        return []
+    grouped = [node for node in alone if node.args["groups"] != 1]
+    shapes = sorted({"x".join(map(str, _kernel(node, program))) for node in siblings})
+    reason = (
+        "a grouped convolution sees only a part of the channels"
+        if len(grouped) == len(alone)
+        else f"their kernels differ ({', '.join(shapes)})"
+        if len(shapes) > 1
+        else "their stride, padding or dilation differ"
+    )
+    return [Apart(source, tuple(node.source for node in alone), reason)]
 
 
 def _plan(
     group: Sequence[Node],
     nodes: Mapping[str, Node],
     readers: Mapping[str, list[str]],
-    program: Program,
-) -> _Plan | None:
-    specs = program.specs()
+    specs: Mapping[str, TensorSpec],
+) -> _Plan | Apart:
     source = group[0].args["input"]
     assert isinstance(source, Ref)
     activations = [_activation(node, nodes, readers) for node in group]
@@ -104,15 +151,19 @@ def _plan(
         for part in parts
         if any(_wants_contiguous(nodes.get(name)) for name in readers.get(part.name, []))
     )
-    saved = MACS_PER_ELEMENT * float(
-        (len(group) - 1) * elements(specs[source.name].shape) - 2 * copies
-    )
-    if saved <= 0:
-        return None
+    read = (len(group) - 1) * elements(specs[source.name].shape)
+    modules = tuple(node.source for node in group)
+    if 2 * copies >= read:
+        reason = (
+            f"reading the input once would save {read:,} elements of traffic, "
+            f"copying the parts out of the merged result would cost {2 * copies:,}"
+        )
+        return Apart(source.name, modules, reason)
+    saved = MACS_PER_ELEMENT * float(read - 2 * copies)
     merge = Merge(
         source=source.name,
         convolutions=tuple(node.name for node in group),
-        modules=tuple(node.source for node in group),
+        modules=modules,
         outputs=tuple(part.name for part in parts),
         saved=saved,
     )
