@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from service.errors import (
     VersionNotReady,
 )
 from service.graph import Program, load_program
-from service.networks import ModelConfig
+from service.networks import ModelConfig, parse_changes
 from service.serving import (
     Form,
     LoadOptions,
@@ -74,6 +74,13 @@ def check_config(text: str | bytes) -> dict[str, Any]:
         )
     checked: dict[str, Any] = json.loads(config.to_json())
     return checked
+
+
+def check_changes(text: bytes) -> dict[str, Any]:
+    """The fields of a config that `text` changes, checked and filled in. Raises InvalidConfig."""
+    changed = parse_changes(text)
+    checked: dict[str, Any] = json.loads(changed.to_json())
+    return {field: checked[field] for field in json.loads(text)}
 
 
 def worker_limits(settings: Settings) -> WorkerLimits:
@@ -261,6 +268,16 @@ class Host:
                 self._unloaded.add(model)
             raise
 
+    def describe_anew(self, record: VersionRecord) -> None:
+        """Take over a version's labels and preprocessing, if it is loaded."""
+        key = (record.model, record.version)
+        if (loaded := self._hosted.get(key)) is not None:
+            self._hosted[key] = replace(
+                loaded,
+                labels=_labels(record),
+                preprocessing=record.config.get("preprocessing"),
+            )
+
     def is_unloaded(self, model: str) -> bool:
         """Whether the model was taken out of serving."""
         return model in self._unloaded
@@ -334,13 +351,12 @@ class Host:
             await self.models.unload(name, number)
             self._check_serving(name)
         prepared = await self.models.prepared(name, number)
-        labels = version.config.get("labels")
         self._hosted[name, number] = Hosted(
             model=name,
             version=number,
             inputs=prepared.inputs,
             outputs=prepared.outputs,
-            labels=tuple(labels) if labels else None,
+            labels=_labels(version),
             preprocessing=version.config.get("preprocessing"),
             models=self.models,
         )
@@ -370,6 +386,7 @@ class Host:
 
     def published(self, version: VersionRecord) -> None:
         """Let the model's default answer; that is this version unless the default is pinned."""
+        self.describe_anew(version)  # as it was changed during the conversion
         try:
             self._on_loop(self.follow(self.catalog.get_model(version.model)))
         except FoldserveError as error:  # deleted meanwhile: there is nothing to let answer
@@ -420,3 +437,8 @@ class Host:
             seconds=round(time.perf_counter() - started, 3),
         )
         return number, comparison
+
+
+def _labels(version: VersionRecord) -> tuple[str, ...] | None:
+    labels = version.config.get("labels")
+    return tuple(labels) if labels else None

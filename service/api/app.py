@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from service import __version__
 from service.api import (
     benchmark,
+    changes,
     downloads,
     events,
     health,
@@ -73,7 +74,19 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, **cors(settings))
     app.add_middleware(AroundEveryRequest, metrics=metrics, access_log=settings.access_log)
-    routes = (models, uploads, events, downloads, predict, v2, benchmark, health, pages, login)
+    routes = (
+        models,
+        changes,
+        uploads,
+        events,
+        downloads,
+        predict,
+        v2,
+        benchmark,
+        health,
+        pages,
+        login,
+    )
     for module in routes:
         app.include_router(module.router)
     pages.mount_static(app)

@@ -36,12 +36,14 @@ class ImageRecipe:
     """How images become rows: everything that `Preprocessing` leaves open is settled here.
 
     `shape` is (channels, height, width) with 1 or 3 channels; `resize` the length in pixels to
-    which the shorter side is scaled before the central crop to (height, width); `mean` and `std`
+    which the shorter side is scaled before the central crop to (height, width), which `crop` "none"
+    replaces by scaling the whole image; `mean` and `std`
     are per channel, in units of [0, 1]; `origin` says where the values came from.
     """
 
     shape: tuple[int, int, int]
     resize: int
+    crop: str
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -75,11 +77,12 @@ def recipe(shape: Sequence[int], given: dict[str, Any] | None) -> ImageRecipe | 
     return ImageRecipe(
         shape=(channels, height, width),
         resize=values.get("resize") or default,
+        crop=values.get("crop", "center"),
         interpolation=values.get("interpolation", "bilinear"),
         mean=_per_channel("mean", mean, channels),
         std=_per_channel("std", std, channels),
         channel_order=values.get("channel_order", "rgb"),
-        origin="config" if given else ("grey in [0, 1]" if grey else "ImageNet preset"),
+        origin=_origin(values, grey),
     )
 
 
@@ -141,6 +144,8 @@ def _scale_and_crop(image: Image.Image, how: ImageRecipe) -> Image.Image:
     scaling first, and an image of 1 x 50,000,000 pixels cannot make a giant in between.
     """
     _, height, width = how.shape
+    if how.crop == "none":
+        return image.resize((width, height), _FILTERS[how.interpolation])
     shorter = min(image.width, image.height)
     covering = max(width * shorter / image.width, height * shorter / image.height)
     resize = max(how.resize, math.ceil(covering))
@@ -157,6 +162,12 @@ def _scale_and_crop(image: Image.Image, how: ImageRecipe) -> Image.Image:
     return image.resize((width, height), _FILTERS[how.interpolation], box=box)
 
 
+def _origin(values: dict[str, Any], grey: bool) -> str:
+    if values.get("preset"):
+        return f"preset {values['preset']}"
+    return "config" if values else "grey in [0, 1]" if grey else "ImageNet preset"
+
+
 def _per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     if len(values) == channels:
         return values
@@ -164,5 +175,5 @@ def _per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[f
         return values * channels
     raise BadInput(
         f"`preprocessing.{name}` has {len(values)} values; the model takes {channels} channels.",
-        remedy="Upload a version whose config has one value, or one per channel.",
+        remedy="Give one value, or one per channel.",
     )

@@ -110,4 +110,8 @@ def _request_id(scope: Scope) -> str:
 
 def _method(method: str) -> str:
     """The method as a metric label; invented methods share one, or a client could make series."""
-    return method if method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS") else "other"
+    return (
+        method
+        if method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+        else "other"
+    )

@@ -9,10 +9,11 @@ from service.networks.base import (
     deploy_names,
     deploy_skeleton,
 )
-from service.networks.config import ModelConfig, Preprocessing, Requested
+from service.networks.config import ModelConfig, Preprocessing, Requested, parse_changes
 from service.networks.dbb import DiverseBranchBlock
 from service.networks.mobilenet import MobileNetV1
 from service.networks.parts import Part, find_parts
+from service.networks.presets import PRESETS
 from service.networks.recognition import (
     Recognition,
     build,
@@ -24,6 +25,7 @@ from service.networks.repvgg import RepVGG, RepVGGBlock, RepVGGplus
 from service.networks.resnet import ResNet
 
 __all__ = [
+    "PRESETS",
     "DiverseBranchBlock",
     "Geometry",
     "MobileNetV1",
@@ -44,5 +46,6 @@ __all__ = [
     "find_parts",
     "known_names",
     "make_network",
+    "parse_changes",
     "recognise",
 ]

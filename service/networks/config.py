@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from service.errors import InvalidConfig
+from service.networks.presets import PRESETS
+
+CHANGEABLE = frozenset({"labels", "preprocessing"})
+"""Fields of a config that say how answers look, not what is computed."""
 
 Extent = Annotated[int, Field(ge=1, le=8192)]
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -19,12 +24,18 @@ class Preprocessing:
 
     The image is scaled so that its shorter side has `resize` pixels (None: the input size divided
     by 0.875), cropped in the middle to the input size, divided by 255, and normalised as
-    (value - mean) / std per channel. One number in `mean` or `std` holds for every channel.
+    (value - mean) / std per channel. One number in `mean` or `std` holds for every channel. With
+    `crop` "none" the whole image is scaled to the input size, whatever its proportions.
+
+    In JSON, `preset` names a row of `PRESETS` whose values hold where no other is given, and the
+    name alone stands for the object; what is kept are the values and where they came from.
     """
 
     __pydantic_config__ = _STRICT
 
+    preset: str | None = None
     resize: Extent | None = None
+    crop: Literal["center", "none"] = "center"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.229, 0.224, 0.225)
@@ -57,7 +68,7 @@ class ModelConfig:
         Raises InvalidConfig naming the first wrong field in `field` and its reason in the detail.
         """
         try:
-            config = _ADAPTER.validate_json(text or b"{}")
+            config = _ADAPTER.validate_json(_with_presets(text or b"{}"))
         except ValidationError as error:
             raise _invalid(error) from None
         config.requested()
@@ -82,6 +93,25 @@ class ModelConfig:
         )
 
 
+def parse_changes(text: str | bytes) -> ModelConfig:
+    """The fields that may be changed once a version is there: `labels` and `preprocessing`.
+
+    null takes a field back. Raises InvalidConfig, also for any other field and for none.
+    """
+    config = ModelConfig.from_json(text)
+    given = json.loads(text or b"{}")
+    wrong = sorted(given.keys() - CHANGEABLE)
+    if wrong or not given:
+        raise InvalidConfig(
+            f"`{wrong[0]}` is settled once a version is converted."
+            if wrong
+            else "Nothing is given.",
+            remedy="Change `labels` or `preprocessing`; for anything else upload a new version.",
+            field=wrong[0] if wrong else "config",
+        )
+    return config
+
+
 @dataclass(frozen=True)
 class Requested:
     """A network named by the uploader and the constructor values that they fix."""
@@ -91,6 +121,26 @@ class Requested:
 
 
 _ADAPTER = TypeAdapter(ModelConfig)
+
+
+def _with_presets(text: str | bytes) -> str | bytes:
+    """The JSON with the values of the preset that it names, if it names one."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # the parser proper says what is wrong with it
+    given = data.get("preprocessing") if isinstance(data, dict) else None
+    asked = {"preset": given} if isinstance(given, str) else given
+    if not isinstance(asked, dict) or asked.get("preset") is None:
+        return text
+    name = asked["preset"]
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InvalidConfig(
+            f"`preprocessing.preset` is {str(name)[:40]!r}, which is no preset.",
+            remedy=f"Use one of {', '.join(PRESETS)}, or give the values themselves.",
+            field="preprocessing.preset",
+        )
+    return json.dumps(data | {"preprocessing": {**PRESETS[name], **asked}})
 
 
 def _invalid(error: ValidationError) -> InvalidConfig:

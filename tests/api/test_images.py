@@ -168,3 +168,14 @@ def test_other_formats_are_refused(kind: str) -> None:
 def test_a_preset_that_does_not_fit_the_channels_is_refused() -> None:
     with pytest.raises(BadInput, match="mean"):
         recipe((1, 8, 8), {"mean": [0.1, 0.2, 0.3]})
+
+
+def test_without_a_crop_the_whole_image_is_seen() -> None:
+    image = Image.new("RGB", (64, 16), "black")
+    image.paste("white", (48, 0, 64, 16))  # the right quarter, outside a central crop
+    how = settled((3, 16, 16), crop="none", mean=[0.0], std=[1.0], interpolation="nearest")
+    row = decode(png(image), how, MANY)
+    assert row[:, :, :12].max() == 0
+    assert row[:, :, 12:].min() == 1
+    cropped = settled((3, 16, 16), mean=[0.0], std=[1.0], interpolation="nearest")
+    assert decode(png(image), cropped, MANY).max() == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.errors import InvalidConfig
-from service.networks import ModelConfig, Preprocessing
+from service.networks import PRESETS, ModelConfig, Preprocessing, parse_changes
 
 FULL = """{
   "architecture": {"name": "RepVGG", "stem_stride": 1},
@@ -44,6 +44,10 @@ def test_empty_text_and_an_empty_object_are_the_defaults() -> None:
         ('{"weights": "best"}', "weights"),
         ('{"preprocessing": {"std": [0.0]}}', "preprocessing.std.0"),
         ('{"preprocessing": {"mean": [NaN]}}', "preprocessing.mean.0"),
+        ('{"preprocessing": {"crop": "left"}}', "preprocessing.crop"),
+        ('{"preprocessing": "imagenet21"}', "preprocessing.preset"),
+        ('{"preprocessing": {"preset": 5}}', "preprocessing.preset"),
+        ('{"preprocessing": {"preset": "cifar10", "means": [0]}}', "preprocessing.means"),
         ('{"labels": "cat"}', "labels"),
         ('{"architecture": 3}', "architecture"),
         ('{"architecture": {"depth": 3}}', "architecture.name"),
@@ -57,3 +61,30 @@ def test_a_mistake_names_its_field(text: str, field: str) -> None:
         ModelConfig.from_json(text)
     assert caught.value.extra["field"].startswith(field)
     assert field in caught.value.detail
+
+
+def test_a_preset_fills_in_what_is_not_given() -> None:
+    alone = ModelConfig.from_json('{"preprocessing": "cifar10"}').preprocessing
+    named = ModelConfig.from_json('{"preprocessing": {"preset": "cifar10"}}').preprocessing
+    assert alone == named
+    assert alone is not None
+    assert (alone.preset, alone.mean, alone.crop) == ("cifar10", (0.4914, 0.4822, 0.4465), "none")
+    own = ModelConfig.from_json('{"preprocessing": {"preset": "caffe", "std": [1]}}')
+    assert own.preprocessing is not None
+    assert (own.preprocessing.channel_order, own.preprocessing.std) == ("bgr", (1.0,))
+    assert ModelConfig.from_json(own.to_json()) == own
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_valid_preprocessing(name: str) -> None:
+    found = ModelConfig.from_json(f'{{"preprocessing": "{name}"}}').preprocessing
+    assert found is not None
+    assert len(found.mean) == len(found.std)
+    assert found != Preprocessing(preset=name) or name == "imagenet"
+
+
+def test_only_labels_and_preprocessing_change_later() -> None:
+    assert parse_changes('{"labels": ["a"], "preprocessing": null}').labels == ("a",)
+    for text in ("", "{}", '{"backend": "torch"}', '{"labels": null, "precision": "auto"}'):
+        with pytest.raises(InvalidConfig):
+            parse_changes(text)
