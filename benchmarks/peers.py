@@ -76,8 +76,9 @@ def home() -> Path:
 
 def _leanest(body: Body, sample: Sample) -> bytes | None:
     if body == "json":
-        return json_request("/predict", {"inputs": sample.nested})
-    content = sample.raw if body == "binary" else sample.photo
+        content = json.dumps({"inputs": sample.nested}).encode()
+    else:
+        content = sample.raw if body == "binary" else sample.photo
     return http_request("/predict", content, content_type=_RAW)
 
 
@@ -193,7 +194,7 @@ PEERS: Mapping[str, Peer] = {
             "triton",
             "triton_app",
             "Python backend, dynamic batching, one CPU instance; binary tensor extension",
-            ("nvidia-pytriton",),
+            ("nvidia-pytriton", "numpy<2"),
             _triton,
             _triton_logits,
             shown="nvidia-pytriton",

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -85,6 +86,7 @@ class Measured:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; answers the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
     options = _parser().parse_args(arguments)
     network = NETWORKS[options.network]
     cells = [Cell(body, n) for body in options.bodies for n in options.concurrency]

@@ -25,7 +25,7 @@ from benchmarks.load import Outcome, Plan
 from benchmarks.peers import Peer
 from benchmarks.workload import Body, Floats, Network, Sample, http_request, json_request
 
-START_SECONDS = 150
+START_SECONDS = 120
 STOP_SECONDS = 20
 ROOT = Path(__file__).resolve().parents[1]
 ARRAYS = "application/vnd.foldserve.arrays+json"

@@ -1,12 +1,12 @@
-"""BentoML with adaptive batching. A batchable method takes JSON, so a row travels in base64."""
+"""BentoML with adaptive batching. A batchable method takes JSON, so a row travels in base64.
 
-from __future__ import annotations
+It reads annotations as they are, so they are not postponed here.
+"""
 
 import base64
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import bentoml
 import numpy as np
@@ -20,11 +20,11 @@ class Bento:
         self.model = Deployed(Path(os.environ["BENCHMARK_FOLDER"]))
 
     @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=60_000)
-    def encoded(self, rows: list[str]) -> np.ndarray[Any, Any]:
+    def encoded(self, rows: list[str]) -> np.ndarray:
         return self.model(np.stack([self.model.row(base64.b64decode(row)) for row in rows]))
 
     @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=60_000)
-    def arrays(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def arrays(self, rows: np.ndarray) -> np.ndarray:
         return self.model(np.asarray(rows, np.float32))
 
 

@@ -1,6 +1,7 @@
-"""LitServe with its batching and its fast queue; the body reaches the worker as bytes."""
+"""LitServe with its batching and its fast queue; the body reaches the worker as bytes.
 
-from __future__ import annotations
+It reads annotations as they are, so they are not postponed here.
+"""
 
 import sys
 from pathlib import Path

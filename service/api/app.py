@@ -25,6 +25,7 @@ from service.api import (
     uploads,
 )
 from service.api.access import describe
+from service.api.direct import DirectDispatch
 from service.api.guard import Guard, cors
 from service.api.keyring import Keyring
 from service.api.metrics import Metrics
@@ -69,6 +70,8 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_url="/openapi.json",
     )
     problems.install(app)
+    # First, hence the innermost: whatever is added after it is around direct routes too.
+    app.add_middleware(DirectDispatch, routers=[("", predict.router)])
     # The last one added is the outermost.
     app.add_middleware(Guard, settings=settings, keyring=keyring)
     if settings.cors_origins:

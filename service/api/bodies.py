@@ -43,45 +43,70 @@ async def chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
     `min_bytes_per_second` on the whole, and starlette's ClientDisconnect. Only the time spent
     waiting counts: a disk that is slow to take the bytes is not the client's fault.
     """
-    slowest = of(request).settings.min_bytes_per_second
-    received, waited = 0, 0.0
-    while True:
-        earned = received / slowest if slowest else math.inf
+    body = _Body(request, idle_seconds)
+    more = True
+    while more:
+        chunk, more = await body.next()
+        if chunk:
+            yield chunk
+
+
+class _Body:
+    """A body that is arriving. `next` answers what came next, and whether there is more to come.
+
+    It raises what `chunks` raises.
+    """
+
+    __slots__ = ("_idle", "_receive", "_received", "_slowest", "_waited")
+
+    def __init__(self, request: Request, idle_seconds: float) -> None:
+        self._receive = request.receive
+        self._idle = idle_seconds
+        self._slowest = of(request).settings.min_bytes_per_second
+        self._received, self._waited = 0, 0.0
+
+    async def next(self) -> tuple[bytes, bool]:
+        earned = self._received / self._slowest if self._slowest else math.inf
         began = time.monotonic()
         try:
-            async with asyncio.timeout(min(idle_seconds, idle_seconds + earned - waited)):
-                message = await request.receive()
+            async with asyncio.timeout(min(self._idle, self._idle + earned - self._waited)):
+                message = await self._receive()
         except TimeoutError:
-            raise _stalled(received, waited + time.monotonic() - began) from None
-        waited += time.monotonic() - began
-        received += len(message.get("body", b""))
+            raise _stalled(self._received, self._waited + time.monotonic() - began) from None
+        self._waited += time.monotonic() - began
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        if body := message.get("body", b""):
-            yield body
-        if not message.get("more_body", False):
-            return
+        chunk: bytes = message.get("body", b"")
+        self._received += len(chunk)
+        return chunk, message.get("more_body", False)
 
 
 def _stalled(received: int, seconds: float) -> RequestStalled:
     return RequestStalled(f"Only {received} bytes arrived in {seconds:.1f} s.")
 
 
-async def whole(request: Request, limit: int, idle_seconds: float, setting: str) -> bytearray:
-    """The whole body, of at most `limit` bytes, copied once into writable memory.
+async def whole(
+    request: Request, limit: int, idle_seconds: float, setting: str
+) -> bytearray | bytes:
+    """The whole body, of at most `limit` bytes: what arrived in one piece as it is, else joined.
 
     Raises UploadTooLarge naming `setting`, RequestStalled, or starlette's ClientDisconnect.
     """
     length = declared_length(request)
     if length is not None and length > limit:
         raise too_large(limit, setting)
+    arriving = _Body(request, idle_seconds)
+    first, more = await arriving.next()
+    if not more and len(first) <= limit:
+        return first
     # Grown as bytes arrive, not by what is declared: declaring costs a client nothing.
-    body = bytearray()
-    async for chunk in chunks(request, idle_seconds):
-        if len(body) + len(chunk) > limit:
-            raise too_large(limit, setting)
+    body = bytearray(first)
+    while len(body) <= limit:
+        if not more:
+            return body
+        chunk, more = await arriving.next()
         body += chunk
-    return body
+    raise too_large(limit, setting)
 
 
 @dataclass

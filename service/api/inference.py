@@ -52,27 +52,46 @@ async def compute(
 async def unless_departed(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`; if the client leaves first, `work` is cancelled and gives up its place.
 
-    Watching for that costs another task, so it begins only when the answer is slow to come.
+    Watching for that costs a task, so it begins only when the answer is slow to come.
     """
-    task = asyncio.ensure_future(work)
+    watch = _DepartureWatch(request)
+    timer = asyncio.get_running_loop().call_later(_PATIENCE_SECONDS, watch.begin)
     try:
-        done, _ = await asyncio.wait({task}, timeout=_PATIENCE_SECONDS)
-        if not done:
-            gone = asyncio.ensure_future(_departure(request))
-            try:
-                await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                gone.cancel()
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
+        return await work
+    except asyncio.CancelledError:
+        if watch.departed and watch.caller.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
     finally:
-        task.cancel()
+        timer.cancel()
+        watch.end()
 
 
-async def _departure(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class _DepartureWatch:
+    """Cancels the task that made it once the client has left, from `begin` to `end`."""
+
+    __slots__ = ("_receive", "_watching", "caller", "departed")
+
+    def __init__(self, request: Request) -> None:
+        caller = asyncio.current_task()
+        assert caller is not None
+        self.caller = caller
+        self.departed = False
+        self._receive = request.receive
+        self._watching: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self._watching = asyncio.ensure_future(self._wait())
+
+    def end(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.departed = True
+        self.caller.cancel()
 
 
 def server_timing(timing: Timing) -> str:

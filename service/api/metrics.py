@@ -38,22 +38,29 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._running = Gauge(
+        running = Gauge(
             "foldserve_http_requests_running", "Requests under way.", registry=self.registry
         )
+        running.set_function(lambda: self._running)
+        self._running = 0
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.uploaded_bytes = Counter(
             "foldserve_uploaded_bytes", "Bytes of accepted checkpoints.", registry=self.registry
         )
 
     def began(self) -> None:
         """Count a request in."""
-        self._running.inc()
+        self._running += 1
 
     def ended(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a request out; `status` 499 means that the client left first."""
-        self._running.dec()
-        self._requests.labels(route, method, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._running -= 1
+        series = self._series.get((route, method, status))
+        if series is None:  # looking a series up by its labels costs more than counting
+            requests = self._requests.labels(route, method, str(status))
+            series = self._series[route, method, status] = requests, self._seconds.labels(route)
+        series[0].inc()
+        series[1].observe(seconds)
 
     def watch(self, read: Callable[[], Iterable[Metric]]) -> None:
         """Add families that are read from their source at every scrape."""

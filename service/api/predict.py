@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -36,6 +36,9 @@ _BINARY_PART = "application/octet-stream"  # what clients say of files whose nam
 _TYPES = (*images.FORMATS, "multipart/form-data", tensors.NPY, _JSON)
 _FORMS: Mapping[str, Form] = {"deploy": "deploy", "train": "train"}
 _BOOLEANS: Mapping[str, bool] = {"true": True, "false": False}
+# Bodies up to these sizes are read in less time than it takes to wake another thread for them.
+_QUICK_JSON_BYTES = 1 << 15
+_QUICK_NPY_BYTES = 1 << 20
 _PARAMETERS = {"version", "form", "top_k", "timing"}
 
 
@@ -53,7 +56,7 @@ async def predict(request: Request) -> Response:
     """Read, check, run, answer; see `documented` for what it takes."""
     service = of(request)
     name: str = request.path_params["name"]
-    asked = _asked(request.query_params, service)
+    asked = _asked(request.query_params if request.scope["query_string"] else {}, service)
     found = await find_hosted(service, name, asked.version)
     rows = await _rows(request, service, found)
     work = compute(service, found, asked.version, rows, asked.form)
@@ -219,10 +222,11 @@ async def _rows(request: Request, service: Service, hosted: Hosted) -> Rows:
     if kind == _JSON and not _is_plain(hosted):
         return await _on_thread(service, tensors.named_from_json, body, hosted.inputs)
     _check_plain(hosted)
-    if kind == tensors.NPY:
-        return tensors.from_npy(body, hosted.item_shape)
-    if kind == _JSON:
-        return await _on_thread(service, tensors.from_json, body, hosted.item_shape)
+    if kind == _JSON or kind == tensors.NPY:
+        read = tensors.from_json if kind == _JSON else tensors.from_npy
+        if len(body) <= (_QUICK_JSON_BYTES if kind == _JSON else _QUICK_NPY_BYTES):
+            return read(body, hosted.item_shape)
+        return await _on_thread(service, read, body, hosted.item_shape)
     return await _decode(service, hosted, [body])
 
 
@@ -254,7 +258,9 @@ async def _image_parts(request: Request, service: Service) -> list[bytearray]:
     return files
 
 
-async def _decode(service: Service, hosted: Hosted, files: list[bytearray]) -> NDArray[np.float32]:
+async def _decode(
+    service: Service, hosted: Hosted, files: Sequence[bytes | bytearray]
+) -> NDArray[np.float32]:
     how = images.recipe(hosted.item_shape, hosted.preprocessing)
     if how is None:
         raise BadInput(

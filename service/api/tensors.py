@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ Floats = NDArray[np.float32]
 
 NPY = "application/x-npy"
 _HEADER_BYTES = 4096
-_PREFIX_BYTES = 12
+_WIDTHS = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4, b"\x93NUMPY\x03\x00": 4}
+_KNOWN_HEADS = 1024
 _FIELD = (
     rb"(?:'descr':'(?P<type>[^']{1,16})'|'fortran_order':(?P<fortran>True|False)"
     rb"|'shape':\((?P<shape>(?:[0-9]{1,18},){0,8}[0-9]{0,18})\))"
@@ -124,9 +126,15 @@ def _typed(nested: Any, spec: RowSpec) -> NDArray[Any]:
 def to_npy(array: NDArray[Any]) -> bytes:
     """The array as an npy body, elements copied once."""
     array = np.ascontiguousarray(array)
+    return b"".join((_written_head(array.shape, array.dtype), array.data))
+
+
+@lru_cache(_KNOWN_HEADS)
+def _written_head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     head = io.BytesIO()
-    npy.write_array_header_1_0(head, npy.header_data_from_array_1_0(array))
-    return b"".join((head.getvalue(), array.data))
+    fields = {"shape": shape, "fortran_order": False, "descr": npy.dtype_to_descr(dtype)}
+    npy.write_array_header_1_0(head, fields)
+    return head.getvalue()
 
 
 def joined(outputs: Sequence[NDArray[Any]]) -> Floats:
@@ -140,26 +148,30 @@ def joined(outputs: Sequence[NDArray[Any]]) -> Floats:
 def _head(body: bytearray | bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, Fortran order, element type, and where the elements begin.
 
-    The header is matched, not evaluated: NumPy's own reader tokenises a damaged one as Python.
+    Raises BadInput.
     """
-    start = bytes(memoryview(body)[: _HEADER_BYTES + _PREFIX_BYTES])
-    version = start[6:8]
-    width = {b"\x01\x00": 2, b"\x02\x00": 4, b"\x03\x00": 4}.get(version, 0)
-    length = int.from_bytes(start[8 : 8 + width], "little")
-    header = start[8 + width : 8 + width + length]
-    found = _HEADER.fullmatch(header.translate(None, b" \t\r\n").replace(b'"', b"'"))
+    width = _WIDTHS.get(bytes(body[:8]), 0)
+    length = int.from_bytes(body[8 : 8 + width], "little")
+    end = 8 + width + length
     try:
-        if not start.startswith(b"\x93NUMPY") or found is None or len(header) != length:
+        if not width or length > _HEADER_BYTES or len(body) < end:
             raise ValueError
-        shape = tuple(int(extent) for extent in found["shape"].split(b",") if extent)
-        return (
-            shape,
-            found["fortran"] == b"True",
-            np.dtype(found["type"].decode()),
-            8 + width + length,
-        )
+        return *_read_head(bytes(body[8 + width : end])), end
     except (ValueError, TypeError, AttributeError):
         raise BadInput("The body is not an npy file of one array.", remedy=_REMEDY) from None
+
+
+@lru_cache(_KNOWN_HEADS)
+def _read_head(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, Fortran order and element type; remembered, because clients repeat themselves.
+
+    The header is matched, not evaluated: NumPy's own reader tokenises a damaged one as Python.
+    """
+    found = _HEADER.fullmatch(header.translate(None, b" \t\r\n").replace(b'"', b"'"))
+    if found is None:
+        raise ValueError
+    shape = tuple(int(extent) for extent in found["shape"].split(b",") if extent)
+    return shape, found["fortran"] == b"True", np.dtype(found["type"].decode())
 
 
 def _check_shape(shape: Sequence[int], item_shape: Sequence[int]) -> None:
@@ -176,6 +188,8 @@ def _check_shape(shape: Sequence[int], item_shape: Sequence[int]) -> None:
 
 def _batch(array: NDArray[Any], item_shape: Sequence[int]) -> Floats:
     """The array in float32 with its batch axis; one that is so already is not copied."""
+    if array.dtype == np.float32 and array.flags.c_contiguous:
+        return array.reshape(-1, *item_shape)
     try:
         with np.errstate(over="raise"):
             rows = np.ascontiguousarray(array, dtype=np.float32)
