@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     # First, hence the innermost: whatever is added after it is around direct routes too.
-    app.add_middleware(DirectDispatch, routers=[("", predict.router)])
+    app.add_middleware(DirectDispatch, routers=[("", predict.router), ("/v2", v2.hot)])
     # The last one added is the outermost.
     app.add_middleware(Guard, settings=settings, keyring=keyring)
     if settings.cors_origins:

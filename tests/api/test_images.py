@@ -179,3 +179,40 @@ def test_without_a_crop_the_whole_image_is_seen() -> None:
     assert row[:, :, 12:].min() == 1
     cropped = settled((3, 16, 16), mean=[0.0], std=[1.0], interpolation="nearest")
     assert decode(png(image), cropped, MANY).max() == 0
+
+
+def photograph(width: int, height: int) -> bytes:
+    """A JPEG of smooth shapes under fine noise, as cameras make them."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (height // 12, width // 12, 3), dtype=np.uint8)
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    noisy = np.asarray(smooth) + random.normal(0, 6, (height, width, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(500, 375), (1080, 1920), (1600, 1200)])
+def test_a_photograph_decoded_smaller_stays_within_a_grey_level(size: tuple[int, int]) -> None:
+    data, how = photograph(*size), settled((3, 224, 224))
+    found, truth = decode(data, how, MANY), textbook(Image.open(io.BytesIO(data)), how)
+    level = 1 / 255 / min(IMAGENET_STD)
+    assert np.abs(found - truth).mean() < level
+    assert np.abs(found - truth).max() < 12 * level
+    # The control: a crop one pixel aside is farther away.
+    assert np.abs(found[:, :, 1:] - truth[:, :, :-1]).mean() > 1.5 * level
+
+
+def test_large_photographs_are_not_decoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, *arguments: object, **named: object) -> Image.Image:
+        decoded.append(self.size)
+        return resize(self, *arguments, **named)
+
+    data = photograph(1600, 1200)
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    decode(data, settled((3, 224, 224)), MANY)
+    decode(data, settled((3, 224, 224), interpolation="nearest"), MANY)
+    assert decoded == [(800, 600), (1600, 1200)]

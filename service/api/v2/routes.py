@@ -236,7 +236,7 @@ async def documented_version(name: Name, version: Version) -> None:
     """Run one version, which is loaded if need be."""
 
 
-async def _body(request: Request, service: Service) -> bytearray:
+async def _body(request: Request, service: Service) -> bytearray | bytes:
     """The request's body, expanded if it came compressed."""
     settings = service.settings
     coding = compression.content_coding(request.headers.get("content-encoding"))
