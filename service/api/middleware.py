@@ -26,17 +26,15 @@ CONTENT_SECURITY_POLICY = (
     "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
-_SECURITY = tuple(
-    (name.encode(), value.encode())
-    for name, value in {
-        "x-content-type-options": "nosniff",
-        "x-frame-options": "DENY",
-        "referrer-policy": "same-origin",
-        "cross-origin-opener-policy": "same-origin",
-        "cross-origin-resource-policy": "same-origin",
-        "content-security-policy": CONTENT_SECURITY_POLICY,
-    }.items()
-)
+_SECURITY = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+}
+_SECURITY_PAIRS = tuple((name.encode(), value.encode()) for name, value in _SECURITY.items())
 CLIENT_LEFT = 499
 # Ids have to differ, not to be secret, and the system's entropy costs several times as much.
 _RANDOM = random.Random()
@@ -107,7 +105,7 @@ def _completed(
     """The response's headers with the request's id and the security headers that it lacks."""
     given = list(headers)
     names = {name for name, _ in given}
-    return [*given, identity, *(pair for pair in _SECURITY if pair[0] not in names)]
+    return [*given, identity, *(pair for pair in _SECURITY_PAIRS if pair[0] not in names)]
 
 
 def _request_id(scope: Scope) -> str:
