@@ -296,14 +296,16 @@ class _Walk:
         if is_plain(key) or isinstance(key, Global):
             return
         if type(key) is int:
-            self._malformed("has a key beyond 64 bits")
+            raise PickleBomb("The pickle has a key beyond 64 bits, whose hash may be any other's.")
         if isinstance(key, Nested | Container):
-            self._malformed("uses a nested value as a key")
+            raise PickleBomb("The pickle uses a nested value as a key.")
         self._odd_keys += 1
         if self._odd_keys > _MAX_ODD_KEYS or (
             isinstance(key, tuple) and not all(map(is_plain, key))
         ):
-            raise PickleBomb(f"The pickle has {self._odd_keys} or odder keys that are no text.")
+            raise PickleBomb(
+                "The pickle uses odd values as keys, or more than 1,000 that are no text."
+            )
 
     def _copy(self, limit: str, amount: int) -> None:
         """Account for what a call copies out of an argument that the pickle may hold only once."""

@@ -197,7 +197,7 @@ def _argument_from_json(value: Any, node: str, depth: int = 0) -> Argument:
             return Ref(_name(content))
         if kind == "dtype":
             return DType(_dtype(content))
-        if kind == "float" and content in {"inf", "-inf", "nan"}:
+        if kind == "float" and content in ("inf", "-inf", "nan"):
             return float(content)
     raise InvalidProgram(f"Node {node!r} has an argument of an unknown kind.")
 
@@ -229,7 +229,7 @@ def _shape(item: Any) -> tuple[int | None, ...]:
 
 
 def _dtype(item: Any) -> str:
-    if item not in DTYPES:
+    if not isinstance(item, str) or item not in DTYPES:
         raise InvalidProgram(f"{str(item)[:40]!r} is not a dtype that programs use.")
     return str(item)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from service.errors import InvalidConfig
+from service.errors import InvalidConfig, UnsafeLabel
 from service.networks.presets import PRESETS
 
 CHANGEABLE = frozenset({"labels", "preprocessing"})
@@ -65,13 +66,21 @@ class ModelConfig:
     def from_json(text: str | bytes) -> ModelConfig:
         """Parse and check JSON; empty text is the empty config.
 
-        Raises InvalidConfig naming the first wrong field in `field` and its reason in the detail.
+        Raises InvalidConfig naming the first wrong field in `field` and its reason in the detail,
+        UnsafeLabel for a label with control or text-direction characters.
         """
         try:
             config = _ADAPTER.validate_json(_with_presets(text or b"{}"))
         except ValidationError as error:
             raise _invalid(error) from None
         config.requested()
+        for index, label in enumerate(config.labels or ()):
+            if any(map(_misleads, label)):
+                raise UnsafeLabel(
+                    f"`labels.{index}` is {label[:80]!a}, which holds characters that cannot be "
+                    "shown.",
+                    field=f"labels.{index}",
+                )
         return config
 
     def to_json(self) -> str:
@@ -118,6 +127,15 @@ class Requested:
 
     name: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
+
+
+def _misleads(character: str) -> bool:
+    """Whether a character is none to see, but changes lines, direction or what a program reads.
+
+    The two joiners are part of how words and emoji are written.
+    """
+    kind = unicodedata.category(character)
+    return kind in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
 
 
 _ADAPTER = TypeAdapter(ModelConfig)

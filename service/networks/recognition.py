@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from service.errors import (
     InvalidConfig,
+    LanguageModel,
     MissingKeys,
     MixedForm,
     RecognitionError,
@@ -35,6 +36,10 @@ from service.networks.table import FAMILIES
 Form = Literal["train", "deploy"]
 _BOOKKEEPING = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params)$")
 """Counters of batch norm (absent from old files) and of profilers: they never change an output."""
+_WORDS = re.compile(
+    r"(^|\.)(wte|embed_tokens|tok_embeddings|word_embeddings|token_embedding|shared|embed_in)\.weight$"
+)
+_ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|SelfAttention|lm_head)([._]|$)")
 _SHOWN = 6
 
 
@@ -66,8 +71,8 @@ class Recognition:
 def recognise(state: Mapping[str, Tensor], config: ModelConfig | None = None) -> Recognition:
     """Tell which network a state dict belongs to, from its keys and shapes and the config.
 
-    Raises UnknownArchitecture, MissingKeys, UnexpectedKeys, ShapeMismatch, MixedForm (each with the
-    keys in `keys`) or InvalidConfig.
+    Raises UnknownArchitecture (LanguageModel when it is one), MissingKeys, UnexpectedKeys,
+    ShapeMismatch, MixedForm (each with the keys in `keys`) or InvalidConfig.
     """
     config = config or ModelConfig()
     own = {key: tuple(tensor.shape) for key, tensor in state.items()}
@@ -186,8 +191,11 @@ def _choose(keys: Keys, requested: Requested) -> tuple[Family, Values | None]:
     for row in FAMILIES:
         if row.claims(keys):
             return row, None
-    raise UnknownArchitecture(
-        f"None of the {len(keys.shapes)} keys belongs to a known re-parameterizable network; "
+    kind, what = UnknownArchitecture, "None"
+    if _is_language_model(keys.shapes):
+        kind, what = LanguageModel, "This is a language model: none"
+    raise kind(
+        f"{what} of the {len(keys.shapes)} keys belongs to a known re-parameterizable network; "
         f"they begin with {_list(keys.shapes)}.",
         keys=list(keys.shapes)[:50],
     )
@@ -203,7 +211,7 @@ def _named(wanted: str) -> tuple[Family, Values | None]:
                 return row, values
     close = get_close_matches(wanted, known_names(), n=3, cutoff=0.4)
     raise InvalidConfig(
-        f"`architecture` is {wanted!r}, which names no known network.",
+        f"`architecture` is {wanted[:80]!r}, which names no known network.",
         remedy=f"Did you mean {' or '.join(close)}?" if close else "Leave it out, or see docs.",
         field="architecture",
     )
@@ -215,6 +223,17 @@ def _unknown_value(family: Family, name: str) -> InvalidConfig:
         remedy=f"It has {', '.join(f'`{known}`' for known in family.parameters())}.",
         field=f"architecture.{name}",
     )
+
+
+def _is_language_model(shapes: Mapping[str, Shape]) -> bool:
+    """A table of word vectors beside attention or a head over words, and no kernel of an image."""
+    tables = [
+        shape
+        for key, shape in shapes.items()
+        if _WORDS.search(key) and len(shape) == 2 and shape[0] > shape[1]
+    ]
+    images = any(len(shape) > 3 for shape in shapes.values())
+    return bool(tables) and not images and any(map(_ATTENTION.search, shapes))
 
 
 def _lay_out(family: Family, values: Values, *, requested: bool) -> nn.Module:
