@@ -101,6 +101,9 @@ def worker_limits(settings: Settings) -> WorkerLimits:
             memory_bytes=settings.conversion_memory_bytes,
             file_bytes=2 * settings.max_upload_bytes + (1 << 30),
             threads=settings.conversion_threads,
+            nice=0 if settings.conversion_priority == "normal" else 19,
+            idle=settings.conversion_priority == "idle",
+            scratch_bytes=4 * settings.max_upload_bytes + (2 << 30),
         ),
     )
 

@@ -218,6 +218,12 @@ class Settings(BaseSettings):
     conversion_threads: int = _setting(
         1, "threads", "CPU threads of a conversion, so that it does not starve serving.", ge=1
     )
+    conversion_priority: Literal["idle", "low", "normal"] = _setting(
+        "idle",
+        "name",
+        "When a conversion runs: only when nothing else wants to, with the lowest niceness, or as "
+        "any process.",
+    )
     conversion_poll_seconds: float = _setting(
         0.5, "s", "How often an idle worker looks for queued versions.", gt=0
     )

@@ -22,7 +22,7 @@ import structlog
 
 from service import pipeline
 from service.checkpoint import ReadLimits
-from service.checkpoint.child import ChildLimits, run_sandboxed
+from service.checkpoint.child import ChildLimits, run_sandboxed, sandbox_features
 from service.checkpoint.launch import start_fork_server
 from service.errors import ConversionCrashed, FoldserveError, StoreError
 from service.networks import ModelConfig
@@ -65,13 +65,17 @@ class WorkerLimits:
 
 
 class Worker:
-    """One thread over one catalog. `start` once, `stop` to finish; `wake` after an upload."""
+    """One thread over one catalog. `start` once, `stop` to finish; `wake` after an upload.
+
+    `sandbox` says which measures confine its conversions, by name; None until a child was asked.
+    """
 
     def __init__(
         self, catalog: Catalog, blobs: BlobStore, scratch: Path, limits: WorkerLimits, hooks: Hooks
     ) -> None:
         self.catalog, self.blobs, self.scratch = catalog, blobs, scratch
         self.limits, self.hooks = limits, hooks
+        self.sandbox: dict[str, bool] | None = None
         self.name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         self._durations = {result: Tally(_DURATION_SECONDS) for result in RESULTS}
         self._wake = threading.Event()
@@ -111,6 +115,11 @@ class Worker:
         return {result: tally.read() for result, tally in self._durations.items()}
 
     def _run(self) -> None:
+        try:
+            # Asks a child once; it also has the fork server import torch before the first upload.
+            self.sandbox = sandbox_features()
+        except Exception:
+            log.exception("sandbox_unknown")
         while not self._stopping.is_set():
             try:
                 if self.run_once():

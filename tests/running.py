@@ -56,7 +56,9 @@ def running(
 ) -> Iterator[RunningServer]:
     """`foldserve serve` on a free port with its data in `folder`, ready when this returns."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
-    own |= {"FOLDSERVE_LOG_FORMAT": "json"} | dict(environment or {})
+    # Not the default priority: on a machine that others keep busy, an idle process never runs.
+    own |= {"FOLDSERVE_LOG_FORMAT": "json", "FOLDSERVE_CONVERSION_PRIORITY": "normal"}
+    own |= dict(environment or {})
     log_file = folder.parent / f"{folder.name}.log"
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
     with log_file.open("wb") as log:

@@ -72,6 +72,7 @@ async def overview(service: Service) -> dict[str, Any]:
         ],
         "weight_bytes": service.host.models.weight_bytes,
         "checks": checks,
+        "sandbox": service.worker.sandbox,
     }
 
 

@@ -235,6 +235,10 @@ class HealthAnswer(Answer):
     failures: list[dict[str, Any]] = Field(description="Versions that could not be loaded.")
     weight_bytes: int = Field(description="Bytes of the weights of everything loaded.")
     checks: dict[str, bool]
+    sandbox: dict[str, bool] | None = Field(
+        description="Which measures confine conversions on this machine; null until known.",
+        examples=[{"no_new_privileges": True, "system_calls_filtered": True}],
+    )
 
 
 class Alive(Answer):

@@ -43,6 +43,7 @@ _READ_BYTES = 1 << 16
 _MESSAGE_BYTES = 4 << 20
 _MAX_MESSAGES = 10_000
 _STDERR = 2
+_PATIENCE = 5
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
@@ -57,6 +58,12 @@ class ChildLimits:
         file_bytes: the longest file it may write.
         threads: threads that torch may compute with.
         nice: added to the service's own niceness, so that conversions never starve inference.
+        idle: run only when no other process wants the processor or the disk.
+        scratch_bytes, scratch_files: what it may leave in its folder, all files together.
+
+    Conversions are background work. With the lowest niceness, the idle policy of the scheduler and
+    one thread, a child takes what serving leaves over. `seconds` therefore leaves out time in which
+    it was ready to run and others ran, up to `_PATIENCE` times as long again.
     """
 
     seconds: float = 600.0
@@ -64,7 +71,10 @@ class ChildLimits:
     memory_bytes: int = 8 << 30
     file_bytes: int = 8 << 30
     threads: int = 1
-    nice: int = 10
+    nice: int = 0
+    idle: bool = False
+    scratch_bytes: int = 32 << 30
+    scratch_files: int = 10_000
 
 
 def run_sandboxed(
@@ -100,7 +110,7 @@ def run_sandboxed(
         args=(writer, target, tuple(args), limits, scratch.absolute(), readable),
         daemon=True,
     )
-    conversation = _Conversation(reader, process, limits, on_progress, cancel)
+    conversation = _Conversation(reader, process, limits, scratch, on_progress, cancel)
     try:
         with writer, _PROCESS_TABLE:
             process.start()
@@ -140,12 +150,14 @@ class _Conversation:
         reader: Connection[Any, Any],
         process: ChildProcess,
         limits: ChildLimits,
+        scratch: Path,
         on_progress: Progress | None,
         cancel: threading.Event | None,
     ) -> None:
         self._reader = reader
         self._process = process
         self._limits = limits
+        self._scratch = scratch
         self._on_progress = on_progress
         self._cancel = cancel
         self._pending = bytearray()
@@ -156,6 +168,7 @@ class _Conversation:
     def hold(self) -> None:
         """Pass progress on until there is an answer, a fault, or nothing more to come."""
         deadline = time.monotonic() + self._limits.seconds
+        patience = _PATIENCE * self._limits.seconds
         look_again = 0.0
         ceiling = self._limits.memory_bytes + _resident_bytes(self._process.pid)
         while self._answer is None and self._fault is None:
@@ -167,13 +180,17 @@ class _Conversation:
             look_again = now + _POLL_SECONDS
             if self._cancel is not None and self._cancel.is_set():
                 self._fault = ConversionInterrupted("The conversion was cancelled.")
-            elif now > deadline:
+            elif now > deadline + min(_waited_seconds(self._process.pid), patience):
                 self._fault = ConversionTimeout(
                     f"The conversion took longer than {self._limits.seconds:g} s."
                 )
             # Beside the child's own limit: memory that is shared or mapped counts here.
             elif _resident_bytes(self._process.pid) > ceiling:
                 self._fault = self._out_of_memory()
+            elif not _holds_at_most(
+                self._scratch, self._limits.scratch_bytes, self._limits.scratch_files
+            ):
+                self._fault = ConversionCrashed("The conversion filled its folder.")
 
     def outcome(self, code: int | None, *, kernel_killed: bool) -> Any:
         """The result, or the error that tells why there is none."""
@@ -246,6 +263,29 @@ def _resident_bytes(pid: int | None) -> int:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+def _waited_seconds(pid: int | None) -> float:
+    """How long a process was ready to run while others ran, in seconds; 0 where nobody counts."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
+
+
+def _holds_at_most(folder: Path, most_bytes: int, most_files: int) -> bool:
+    """Whether the files below `folder` keep within both; what changes meanwhile is left out."""
+    waiting = [folder]
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                most_files -= 1
+                with contextlib.suppress(OSError):
+                    most_bytes -= entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry))
+                if most_files < 0 or most_bytes < 0:
+                    return False
+    return True
 
 
 def _kernel_kills() -> int:
@@ -333,6 +373,8 @@ def _settle(
     most = os.sysconf("SC_OPEN_MAX")
     os.closerange(writer.fileno() + 1, most if most > 0 else 1 << 16)
     os.nice(limits.nice)
+    if limits.idle:
+        sandbox.step_back()
     # The working folder stays: paths relative to it that the service passed on keep their meaning.
     os.umask(0o077)
     for name in ("TMPDIR", "HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):

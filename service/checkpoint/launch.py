@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.context import set_spawning_popen
 from multiprocessing.process import BaseProcess
@@ -17,6 +19,12 @@ from typing import Any
 
 PRELOAD = ("service.checkpoint.preload",)
 """Modules that the fork server imports when it starts."""
+
+_KEPT = frozenset({"PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV"})
+_KEPT_PREFIXES = (
+    *("LC_", "LD_", "PYTHON", "MALLOC_", "GLIBC_", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_"),
+    *("ATEN_", "TORCH", "DNNL_", "ONEDNN_"),
+)
 
 _starting = threading.Lock()
 _wanted = dict.fromkeys(PRELOAD)  # a set that keeps its order
@@ -70,4 +78,43 @@ def start_fork_server(preload: Sequence[str] = ()) -> None:
     with _starting:
         _wanted.update(dict.fromkeys(preload))
         forkserver.set_forkserver_preload(list(_wanted))
-        forkserver.ensure_running()
+        with _clean_start():
+            forkserver.ensure_running()
+
+
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a child may know of the service's environment: paths, language, threads.
+
+    Addresses with passwords, API keys and cloud credentials stay behind. They must never have been
+    there: a process can read its first environment again however often it is cleared.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _KEPT or name.startswith(_KEPT_PREFIXES)
+    }
+
+
+@contextmanager
+def _clean_start() -> Iterator[None]:
+    """Have multiprocessing start its helpers in a clean environment, which it cannot be asked to.
+
+    Only for the fork server and the resource tracker: neither starts otherwise while this holds.
+    """
+    original = util.spawnv_passfds
+
+    def spawn_clean(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
+        process = subprocess.Popen(
+            args,
+            executable=path,
+            pass_fds=passfds,
+            env=clean_environment(os.environ),
+        )
+        process.returncode = 0  # multiprocessing waits for it itself
+        return process.pid
+
+    util.spawnv_passfds = spawn_clean
+    try:
+        yield
+    finally:
+        util.spawnv_passfds = original

@@ -7,6 +7,7 @@ Each measure is tried on its own and reported, because what a host or a containe
     memory_limit          RLIMIT_DATA, counted from what the fresh child already holds
     cpu_limit             RLIMIT_CPU
     file_size_limit       RLIMIT_FSIZE
+    descriptor_limit      RLIMIT_NOFILE: pipes and files hold memory that no other limit counts
     files_confined        landlock: no write, creation or removal outside the scratch folder, only
                           plain files and folders in it; if asked, no reading of data elsewhere
     system_calls_filtered seccomp: no sockets, programs, processes, signals to others, ptrace, ...
@@ -37,8 +38,18 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 _FILE_RIGHTS = 0b110 | 1 << 14  # read, write, truncate: all others are rights on folders
-_SYSTEM = ("/usr", "/lib", "/lib64", "/proc", "/sys", "/dev", "/etc/ld.so.cache", "/etc/localtime")
+# Not all of /dev and /proc: root without its powers still owns the disks' device files.
+_SYSTEM = (
+    *("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/sys/devices/system"),
+    *("/sys/fs/cgroup", "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys"),
+    *("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"),
+)
+_MAX_DESCRIPTORS = 256
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15
+_FIOSETOWN, _SIOCSPGRP = 0x8901, 0x8902
 _CLONE_THREAD = 0x00010000
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
+_IOPRIO_IDLE = 3 << 13
 _CPU_GRACE_SECONDS = 5  # from SIGXCPU, which tells the reason, to SIGKILL, which cannot be ignored
 
 FEATURES = (
@@ -47,6 +58,7 @@ FEATURES = (
     "memory_limit",
     "cpu_limit",
     "file_size_limit",
+    "descriptor_limit",
     "files_confined",
     "system_calls_filtered",
 )
@@ -57,7 +69,13 @@ _DENIED = (
     # other programs and processes
     *("execve", "execveat", "fork", "vfork", "ptrace", "process_vm_readv", "process_vm_writev"),
     *("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_open", "pidfd_getfd"),
-    *("pidfd_send_signal", "kcmp", "setns", "unshare"),
+    *("pidfd_send_signal", "kcmp", "setns", "unshare", "process_madvise", "process_mrelease"),
+    *("migrate_pages", "move_pages", "get_robust_list"),
+    # priorities: its own is set by now, and the same user's other processes are the service
+    *("setpriority", "sched_setscheduler", "sched_setparam", "sched_setattr", "ioprio_set"),
+    # memory that no limit counts, and ways to talk to other processes
+    *("memfd_create", "memfd_secret", "shmget", "shmat", "shmctl", "msgget", "msgsnd", "msgrcv"),
+    *("semget", "semop", "mq_open", "mq_unlink"),
     # links, by which the service could be led to other files
     *("symlink", "symlinkat", "link", "linkat"),
     # file metadata, which landlock does not cover
@@ -65,10 +83,12 @@ _DENIED = (
     *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
     # the system
     *("mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen", "fsmount"),
+    *("fsconfig", "fspick", "mount_setattr", "fanotify_init", "name_to_handle_at", "syslog"),
     *("mknod", "mknodat", "open_by_handle_at", "quotactl", "acct", "swapon", "swapoff", "reboot"),
     *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "bpf"),
     *("perf_event_open", "userfaultfd", "keyctl", "add_key", "request_key", "personality"),
     *("io_uring_setup", "io_uring_enter", "io_uring_register", "settimeofday", "clock_settime"),
+    *("adjtimex", "clock_adjtime"),
     *("sethostname", "setdomainname", "iopl", "ioperm", "modify_ldt", "lookup_dcookie", "vhangup"),
 )
 
@@ -77,6 +97,19 @@ def die_with_parent() -> None:
     """Have the kernel kill this process when its parent goes."""
     with contextlib.suppress(OSError):
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def step_back() -> None:
+    """Run only when nothing else wants to: SCHED_IDLE, and the idle class of disk access.
+
+    A process of that policy is put aside at once when any other wakes up, so that inference on the
+    same cores waits for nothing. Each is left out where the kernel refuses it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError, KeyError):
+        number = _IOPRIO_SET[os.uname().machine]
+        _syscall(number, ctypes.c_int(1), ctypes.c_int(0), ctypes.c_int(_IOPRIO_IDLE))
 
 
 def confine(
@@ -100,6 +133,7 @@ def confine(
         "memory_limit": lambda: _limit(resource.RLIMIT_DATA, _data_bytes() + memory_bytes),
         "cpu_limit": lambda: _limit(resource.RLIMIT_CPU, cpu_seconds, grace=_CPU_GRACE_SECONDS),
         "file_size_limit": lambda: _limit(resource.RLIMIT_FSIZE, file_bytes),
+        "descriptor_limit": lambda: _limit(resource.RLIMIT_NOFILE, _MAX_DESCRIPTORS),
         "no_new_privileges": lambda: _prctl(_PR_SET_NO_NEW_PRIVS, 1),
         "files_confined": lambda: _confine_files(scratch, readable),
         "capabilities_dropped": _drop_capabilities,
@@ -234,4 +268,10 @@ def _filter_system_calls() -> None:
     rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, 0))
     rules.add_rule(refuse, "tgkill", pyseccomp.Arg(0, pyseccomp.NE, os.getpid()))
     rules.add_rule(refuse, "prlimit64", pyseccomp.Arg(0, pyseccomp.NE, 0))
+    rules.add_rule(refuse, "sched_setaffinity", pyseccomp.Arg(0, pyseccomp.NE, 0))
+    # A descriptor can be told to signal another process, and with which signal.
+    for command in (_F_SETOWN, _F_SETSIG, _F_SETOWN_EX):
+        rules.add_rule(refuse, "fcntl", pyseccomp.Arg(1, pyseccomp.EQ, command))
+    for command in (_FIOSETOWN, _SIOCSPGRP):
+        rules.add_rule(refuse, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, command))
     rules.load()

@@ -626,7 +626,7 @@ def _text(value: Any, what: str) -> str:
 
 
 def _scalar(tag: str, content: Any, what: str) -> bool | int | float | str:
-    if tag == "as_float" and content in _SPECIAL_FLOATS:
+    if tag == "as_float" and isinstance(content, str) and content in _SPECIAL_FLOATS:
         return float(content)
     expected: dict[str, tuple[type, ...]] = {
         "as_int": (int,),

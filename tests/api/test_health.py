@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service import __version__
 from service.api.families import OUTCOMES
+from service.checkpoint.child import sandbox_features
 from tests.api import tiny
 from tests.running import ROOT
 
@@ -40,6 +41,11 @@ def test_health_tells_what_is_served_and_how(http: httpx.Client, model: str) -> 
     assert deploy["precision"] == "float32"
     assert deploy["weight_bytes"] > 0
     assert deploy["batch_sizes"][-1] == 32
+
+
+def test_health_tells_what_confines_conversions(http: httpx.Client, model: str) -> None:
+    """The same that a child of this very process says of itself."""
+    assert http.get("/health").json()["sandbox"] == sandbox_features()
 
 
 def test_metrics_count_requests_and_predictions(http: httpx.Client, model: str) -> None:

@@ -6,6 +6,7 @@ Each takes `progress` as its last argument, as `run_sandboxed` calls it.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import resource
 import signal
@@ -138,7 +139,9 @@ def state(progress: Progress) -> dict[str, Any]:
             if os.path.exists(f"/proc/self/fd/{name}")
         ),
         "temporary": tempfile.gettempdir(),
-        "nice": os.nice(0),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "policy": os.sched_getscheduler(0),
+        "environment": Path("/proc/self/environ").read_text().split("\0"),
         "threads": torch.get_num_threads(),
         "main": getattr(sys.modules["__main__"], "__file__", None),
         "core": resource.getrlimit(resource.RLIMIT_CORE)[0],
@@ -190,6 +193,87 @@ def attack(outside: str, victim: int, progress: Progress) -> dict[str, str]:
         ),
         "raise own limits": _tried(lambda: _raise_limit()),
     }
+
+
+def reach(victim: int, progress: Progress) -> dict[str, str]:
+    """What a child gets done to the service's process, and by the kernel's rarer ways out."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(number: int, *arguments: Any) -> None:
+        if libc.syscall(ctypes.c_long(number), *arguments) < 0:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+
+    def signal_by_descriptor() -> None:
+        reader, writer = os.pipe()
+        try:
+            fcntl.fcntl(reader, fcntl.F_SETOWN, victim)
+            fcntl.fcntl(reader, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(reader, fcntl.F_SETFL, os.O_ASYNC)
+            os.write(writer, b"x")
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    def memory() -> None:
+        os.close(os.open(f"/proc/{victim}/mem", os.O_RDWR))
+
+    here = os.sched_getscheduler(0), os.sched_param(0)
+    return {
+        "environment": _tried(Path(f"/proc/{victim}/environ").read_bytes),
+        "memory": _tried(memory),
+        "memory map": _tried(Path(f"/proc/{victim}/maps").read_bytes),
+        "descriptors": _tried(lambda: os.listdir(f"/proc/{victim}/fd")),
+        "signal": _tried(lambda: os.kill(victim, signal.SIGURG)),
+        "signal by descriptor": _tried(signal_by_descriptor),
+        "read its memory": _tried(lambda: call(310, victim, None, 0, None, 0, 0)),
+        "ptrace": _tried(lambda: call(101, 0x4206, victim, None, None)),  # PTRACE_SEIZE
+        "slow it down": _tried(lambda: os.setpriority(os.PRIO_PROCESS, victim, 1)),
+        "change its policy": _tried(lambda: os.sched_setscheduler(victim, *here)),
+        "move it": _tried(lambda: os.sched_setaffinity(victim, os.sched_getaffinity(victim))),
+        "descriptor of it": _tried(lambda: os.close(os.pidfd_open(victim))),
+        "memory file": _tried(lambda: os.close(os.memfd_create("x"))),
+        "shared memory": _tried(lambda: call(29, 0x7F0157, 4096, 0o1600)),
+        "io_uring": _tried(lambda: call(425, 0, None)),
+        "namespace": _tried(lambda: call(272, 0x10000000)),  # CLONE_NEWUSER
+        "many descriptors": _tried(_open_many),
+        "raw disk": _tried(_raw_disk),
+    }
+
+
+def _open_many() -> None:
+    opened = []
+    try:
+        for _ in range(1000):
+            opened.append(os.open("/dev/null", os.O_RDONLY))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+def _raw_disk() -> None:
+    """Any device file but the four that are granted; making one takes powers that are gone."""
+    os.close(os.open("/dev/tty" if not Path("/dev/full").exists() else "/dev/full", os.O_RDONLY))
+
+
+def fill_with_bytes(progress: Progress) -> None:
+    for number in range(64):
+        Path(tempfile.gettempdir(), str(number)).write_bytes(b"x" * (4 << 20))
+    time.sleep(60)
+
+
+def fill_with_files(progress: Progress) -> None:
+    for number in range(2_000):
+        Path(tempfile.gettempdir(), str(number)).touch()
+    time.sleep(60)
+
+
+def burn(seconds: float, progress: Progress) -> dict[str, float]:
+    """Compute for a while; how much of the time it had the processor."""
+    begun, had = time.monotonic(), time.process_time()
+    while time.process_time() - had < seconds:
+        pass
+    return {"share": seconds / (time.monotonic() - begun)}
 
 
 def _fork() -> None:

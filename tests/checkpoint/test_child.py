@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -212,6 +213,7 @@ def test_the_child_starts_with_little(scratch: Path) -> None:
     assert len(found["descriptors"]) == 4, "standard three and the pipe to the parent"
     assert found["threads"] == 2
     assert found["nice"] == min(19, os.nice(0) + 7)
+    assert found["policy"] == os.SCHED_OTHER
     assert found["core"] == 0
     assert found["main"] is None, "the parent's main module was imported again"
     assert found["modules"] == []
@@ -270,6 +272,93 @@ def test_it_reaches_no_network_program_or_process(scratch: Path, tmp_path: Path)
     found = attack(scratch, tmp_path)
     for what in ("tcp", "unix", "run a program", "fork", "kill the service", "change its limits"):
         assert found[what] == "PermissionError", what
+
+
+def test_it_cannot_reach_the_service(scratch: Path) -> None:
+    needs("system_calls_filtered")
+    needs("files_confined")
+    given = (scratch, Path(__file__).parents[1])
+    found = run("reach", os.getpid(), scratch=scratch, readable=given)
+    limit = found.pop("many descriptors")
+    assert limit == "OSError", "the limit of descriptors"
+    allowed = {what: result for what, result in found.items() if result != "PermissionError"}
+    assert not allowed
+
+
+def test_without_the_sandbox_the_service_is_reached() -> None:
+    """The control: another process of the same user, unconfined, does all of it.
+
+    Where this test itself runs in a container some ways out are closed by that already.
+    """
+    code = (
+        "import json, os, sys; from tests.checkpoint import targets; "
+        "print(json.dumps(targets.reach(int(sys.argv[1]), None)))"
+    )
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as victim:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(victim.pid)],
+            cwd=Path(__file__).resolve().parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        victim.kill()
+    found = json.loads(done.stdout)
+    for what in (
+        *("environment", "memory map", "descriptors", "signal", "signal by descriptor"),
+        *("slow it down", "change its policy", "move it", "descriptor of it", "memory file"),
+        *("shared memory", "many descriptors", "raw disk"),
+    ):
+        assert found[what] == "done", what
+
+
+def test_no_secret_is_in_its_environment(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys; from pathlib import Path; from service.checkpoint.child import run_sandboxed; "
+        "found = run_sandboxed('tests.checkpoint.targets:state', (), scratch=Path(sys.argv[1])); "
+        "print(*found['environment'], sep='\\n')"
+    )
+    secrets = {"FOLDSERVE_DATABASE_URL": "s3cret", "AWS_SECRET_ACCESS_KEY": "s3cret"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(scratch)],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, **secrets, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "s3cret" not in done.stdout
+    assert "OMP_NUM_THREADS=1" in done.stdout.splitlines(), "the control: something is kept"
+
+
+@pytest.mark.parametrize("name", ["fill_with_bytes", "fill_with_files"])
+def test_a_child_that_fills_its_folder_is_ended(scratch: Path, name: str) -> None:
+    limits = ChildLimits(seconds=60, scratch_bytes=32 * MIB, scratch_files=500)
+    with pytest.raises(ConversionCrashed, match="filled its folder"):
+        run(name, scratch=scratch, limits=limits)
+
+
+def test_an_idle_child_leaves_the_processors_to_others(scratch: Path) -> None:
+    """Beside processes that want every core it gets next to nothing; alone it would get all."""
+    cores = len(os.sched_getaffinity(0))
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    idle = ChildLimits(seconds=0.7, nice=19, idle=True)
+    try:
+        started = time.monotonic()
+        with pytest.raises(ConversionTimeout):
+            run("burn", 60, scratch=scratch, limits=idle)
+        waited = time.monotonic() - started
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert waited > 1.2, "time in which it was not let run was counted against it"
+
+
+def test_an_idle_child_says_so(scratch: Path) -> None:
+    found = run("state", scratch=scratch, limits=ChildLimits(nice=19, idle=True))
+    assert found["policy"] == os.SCHED_IDLE
+    assert found["nice"] == 19
 
 
 def test_it_cannot_raise_its_own_limits(scratch: Path, tmp_path: Path) -> None:
