@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from service import client as module
+from service import client as package
 from service.client import AsyncClient, Client, model_name
+from service.client import blocking as module
+from service.demo.files import photograph, save_checkpoint
 from service.errors import (
     BadInput,
     DeadlineExceeded,
@@ -19,6 +23,7 @@ from service.errors import (
     NotACheckpoint,
     QueueFull,
 )
+from service.networks import RepVGG
 from tests.api import tiny
 from tests.running import RunningServer
 
@@ -75,9 +80,33 @@ def test_the_whole_way(server: RunningServer, checkpoint: Path, tmp_path: Path) 
         assert saved.read_bytes() == checkpoint.read_bytes()
         assert client.set_default(version.model, 1)["pinned"] is True
         assert client.health()["status"] == "ok"
+        changed = client.change(
+            version.model, 1, labels=[f"kind {n}" for n in range(len(truth[0]))]
+        )
+        assert changed.raw["config"]["labels"][0] == "kind 0"
+        assert client.predict(version.model, rows)[0][0].label.startswith("kind ")
         client.delete(version.model)
         with pytest.raises(ModelNotFound, match="client-net"):
             client.model(version.model)
+
+
+def test_the_documentation_runs(
+    server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = RepVGG([1, 1, 1, 1], [8, 8, 16, 32], num_classes=12)
+    save_checkpoint(network, tmp_path / "RepVGG-A0-train.pth")
+    (tmp_path / "cat.jpg").write_bytes(photograph())
+    monkeypatch.chdir(tmp_path)
+    options = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+    examples = doctest.DocTestFinder(recurse=False).find(package, extraglobs={"url": server.url})
+    runner = doctest.DocTestRunner(optionflags=options)
+    results = [runner.run(example) for example in examples]
+    with Client(server.url) as client:
+        client.delete("repvgg-a0")
+        client.delete("repvgg-a0-train")
+    assert sum(result.attempted for result in results) >= 15
+    assert sum(result.failed for result in results) == 0
 
 
 def test_a_rejection_is_raised_as_itself(server: RunningServer, tmp_path: Path) -> None:
@@ -100,6 +129,12 @@ def test_the_async_client_does_the_same(server: RunningServer, checkpoint: Path)
             (first, _) = await client.predict(version.model, rows)
             assert first[0].index == truth[0].argmax()
             assert version.model in [model["name"] async for model in client.models()]
+            assert [each.version async for each in client.versions(version.model)] == [1]
+            events = [event async for event in client.events(version)]
+            assert events[-1]["data"]["state"] == "ready"
+            target = checkpoint.with_name("back.pth")
+            await client.download(version.model, 1, target, form="train")
+            assert target.read_bytes() == checkpoint.read_bytes()
             await client.delete(version.model)
             with pytest.raises(ModelNotFound):
                 await client.model(version.model)
