@@ -16,7 +16,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from service.api import problems
 from service.api.schemas import Problem
+from service.api.v2 import errors as v2_errors
+from service.api.v2.documented import ErrorAnswer
 from service.store import Scope
 
 OPEN_PATHS = frozenset(
@@ -41,6 +44,9 @@ _WRITE = frozenset({Scope.WRITE})
 _READ_OR_PREDICT = _READ | _PREDICT
 _READING = ("GET", "HEAD")
 
+_PROBLEM = {problems.MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+_V2_ERROR = {"application/json": {"schema": ErrorAnswer.model_json_schema()}}
+
 
 def needed(method: str, path: str) -> frozenset[Scope] | None:
     """The scopes of which a request needs one, or None if it needs no key."""
@@ -64,14 +70,14 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _annotate(original(), Problem.model_json_schema())
+            _annotate(original())
         assert app.openapi_schema is not None
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _annotate(openapi: dict[str, Any], problem_schema: dict[str, Any]) -> None:
+def _annotate(openapi: dict[str, Any]) -> None:
     openapi.setdefault("components", {})["securitySchemes"] = {
         "key": {
             "type": "http",
@@ -83,10 +89,11 @@ def _annotate(openapi: dict[str, Any], problem_schema: dict[str, Any]) -> None:
         for method, operation in methods.items():
             scopes = needed(method.upper(), path)
             answers = operation["responses"]
+            content = _V2_ERROR if v2_errors.speaks_v2(path) else _PROBLEM
             for status, code in (("421", "host_not_allowed"), ("429", "rate_limited")):
-                _add(answers, status, code, problem_schema)
+                _add(answers, status, code, content)
             if method.upper() not in _READING:
-                _add(answers, "403", "origin_not_allowed", problem_schema)
+                _add(answers, "403", "origin_not_allowed", content)
             if scopes is None:
                 continue
             operation["security"] = [{"key": []}]
@@ -94,19 +101,13 @@ def _annotate(openapi: dict[str, Any], problem_schema: dict[str, Any]) -> None:
             operation["description"] = (
                 f"{operation.get('description', '')}\n\nScope of the API key: {words}."
             ).strip()
-            _add(answers, "401", "unauthorized", problem_schema)
-            _add(answers, "403", "forbidden", problem_schema)
+            _add(answers, "401", "unauthorized", content)
+            _add(answers, "403", "forbidden", content)
 
 
-def _add(answers: dict[str, Any], status: str, code: str, schema: dict[str, Any]) -> None:
+def _add(answers: dict[str, Any], status: str, code: str, content: dict[str, Any]) -> None:
     """One more problem code among an operation's answers."""
-    answer = answers.setdefault(
-        status,
-        {
-            "description": "Problem: .",
-            "content": {"application/problem+json": {"schema": schema}},
-        },
-    )
+    answer = answers.setdefault(status, {"description": "Problem: .", "content": content})
     text = answer["description"]
     if f"`{code}`" not in text and text.endswith("."):
         answer["description"] = (
