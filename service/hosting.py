@@ -129,6 +129,14 @@ class Hosted:
         """Shape of one row of the first input, which is the only one of most networks."""
         return self.inputs[0].shape
 
+    def require_room(self, form: Form) -> None:
+        """Raise QueueFull if one more row would be refused: before a body is read for nothing."""
+        self.models.require_room(self.model, self.version, form)
+
+    def expecting(self, form: Form, rows: int) -> contextlib.AbstractContextManager[None]:
+        """Hold places in the queue for rows that are being decoded. Raises QueueFull."""
+        return self.models.expecting(self.model, self.version, form, rows)
+
     async def predict(self, rows: Rows, form: Form) -> Result:
         """Outputs for rows, as `Batcher.submit` takes them. Raises what `ModelSet.predict` does."""
         return await self.models.predict(self.model, rows, version=self.version, form=form)

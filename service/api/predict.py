@@ -58,7 +58,8 @@ async def predict(request: Request) -> Response:
     name: str = request.path_params["name"]
     asked = _asked(request.query_params if request.scope["query_string"] else {}, service)
     found = await find_hosted(service, name, asked.version)
-    rows = await _rows(request, service, found)
+    found.require_room(asked.form)
+    rows = await _rows(request, service, found, asked.form)
     work = compute(service, found, asked.version, rows, asked.form)
     found, result = await unless_departed(request, work)
     return _answer(request, found, asked, result)
@@ -200,14 +201,14 @@ def _check_plain(hosted: Hosted) -> None:
         )
 
 
-async def _rows(request: Request, service: Service, hosted: Hosted) -> Rows:
+async def _rows(request: Request, service: Service, hosted: Hosted, form: Form) -> Rows:
     """The request's rows: [N, *item_shape] in float32, or an array for each of several inputs."""
     settings = service.settings
     kind = media_type(request)
     if kind == "multipart/form-data":
         _check_plain(hosted)
         files = await _image_parts(request, service)
-        return await _decode(service, hosted, files)
+        return await _decode(service, hosted, form, files)
     if kind not in _TYPES:
         raise UnsupportedMediaType(
             f"The body has the type {kind!r}." if kind else "The body has no Content-Type.",
@@ -220,14 +221,16 @@ async def _rows(request: Request, service: Service, hosted: Hosted) -> Rows:
     )
     body = await whole(request, limit, settings.body_idle_seconds, name)
     if kind == _JSON and not _is_plain(hosted):
-        return await _on_thread(service, tensors.named_from_json, body, hosted.inputs)
+        with hosted.expecting(form, 1):
+            return await _on_thread(service, tensors.named_from_json, body, hosted.inputs)
     _check_plain(hosted)
     if kind == _JSON or kind == tensors.NPY:
         read = tensors.from_json if kind == _JSON else tensors.from_npy
         if len(body) <= (_QUICK_JSON_BYTES if kind == _JSON else _QUICK_NPY_BYTES):
             return read(body, hosted.item_shape)
-        return await _on_thread(service, read, body, hosted.item_shape)
-    return await _decode(service, hosted, [body])
+        with hosted.expecting(form, 1):
+            return await _on_thread(service, read, body, hosted.item_shape)
+    return await _decode(service, hosted, form, [body])
 
 
 async def _image_parts(request: Request, service: Service) -> list[bytearray]:
@@ -259,7 +262,7 @@ async def _image_parts(request: Request, service: Service) -> list[bytearray]:
 
 
 async def _decode(
-    service: Service, hosted: Hosted, files: Sequence[bytes | bytearray]
+    service: Service, hosted: Hosted, form: Form, files: Sequence[bytes | bytearray]
 ) -> NDArray[np.float32]:
     how = images.recipe(hosted.item_shape, hosted.preprocessing)
     if how is None:
@@ -268,9 +271,10 @@ async def _decode(
             remedy="Send an array as application/x-npy or JSON.",
         )
     most = service.settings.max_image_pixels
-    rows = await asyncio.gather(
-        *(_on_thread(service, images.decode, file, how, most) for file in files)
-    )
+    with hosted.expecting(form, len(files)):
+        rows = await asyncio.gather(
+            *(_on_thread(service, images.decode, file, how, most) for file in files)
+        )
     return rows[0][None] if len(rows) == 1 else np.stack(rows)
 
 

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,7 @@ class Batcher:
         self._waiting: deque[Request] = deque()
         self._waiting_rows = 0
         self._running_rows = 0
+        self._expected_rows = 0
         self._scheduled = False
         self._closing = False
         self._counts: Counter[str] = Counter()
@@ -147,6 +149,27 @@ class Batcher:
             request.timer.cancel()
             if future.cancelled():
                 self._drop(request, "departed")
+
+    def require_room(self) -> None:
+        """Raise QueueFull if one more row would find no place; for before a request is read."""
+        with self._lock:
+            self._check_room(1)
+
+    @contextmanager
+    def expecting(self, rows: int) -> Iterator[None]:
+        """Hold places for rows that are being decoded, so that what is decoded is bounded too.
+
+        The places are free again when it is left; submit the rows then. Raises QueueFull.
+        """
+        rows = min(rows, self.limits.queue_rows)  # more than can ever wait is `submit`'s to refuse
+        with self._lock:
+            self._check_room(rows)
+            self._expected_rows += rows
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._expected_rows -= rows
 
     def stats(self) -> BatcherStats:
         """A snapshot of the counters; cheap, from any thread."""
@@ -203,12 +226,7 @@ class Batcher:
             if self._closing:
                 raise NotLoaded("The model is being unloaded.")
             self._counts["requests"] += 1
-            if self._waiting_rows + len(request) > self.limits.queue_rows:
-                self._counts["rejected"] += 1
-                raise QueueFull(
-                    f"{self._waiting_rows} rows wait already, of at most {self.limits.queue_rows}.",
-                    retry_after=round(self._seconds_until_room(len(request)), 3),
-                )
+            self._check_room(len(request))
             self._waiting.append(request)
             self._waiting_rows += len(request)
             first = not self._scheduled
@@ -216,9 +234,19 @@ class Batcher:
         if first:
             self._schedule()
 
-    def _seconds_until_room(self, rows: int) -> float:
+    def _check_room(self, rows: int) -> None:
+        """Raise QueueFull if `rows` more find no place; the lock is held."""
+        taken = self._waiting_rows + self._expected_rows
+        if taken + rows > self.limits.queue_rows:
+            self._counts["rejected"] += 1
+            raise QueueFull(
+                f"{taken} rows wait already, of at most {self.limits.queue_rows}.",
+                retry_after=round(self._seconds_until_room(taken + rows), 3),
+            )
+
+    def _seconds_until_room(self, wanted: int) -> float:
         """When enough rows will have been taken, at the rate measured so far (1 s if unknown)."""
-        excess = self._waiting_rows + rows - self.limits.queue_rows
+        excess = wanted - self.limits.queue_rows
         return self._seconds_per_row * (excess + self._running_rows) or 1.0
 
     def _drop(self, request: Request, why: str) -> bool:

@@ -133,6 +133,19 @@ class ModelSet:
         runner.touch()
         return await runner.batcher.submit(rows, deadline)  # nothing may be awaited in between
 
+    def require_room(self, model: str, version: int, form: Form) -> None:
+        """Raise QueueFull if one more row would be refused; a form not loaded yet refuses none."""
+        runner = self._runners.get(ModelKey(model, version, form))
+        if runner is not None:
+            runner.batcher.require_room()
+
+    def expecting(
+        self, model: str, version: int, form: Form, rows: int
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold places for rows that are being decoded; see `Batcher.expecting`."""
+        runner = self._runners.get(ModelKey(model, version, form))
+        return contextlib.nullcontext() if runner is None else runner.batcher.expecting(rows)
+
     async def prepared(
         self, model: str, version: int | None = None, form: Form = "deploy"
     ) -> Prepared:

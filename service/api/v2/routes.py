@@ -182,6 +182,7 @@ async def serve(request: Request) -> Response:
     service = of(request)
     version = _version(request.path_params.get("version"))
     on = await find_hosted(service, request.path_params["name"], version)
+    on.require_room("deploy")
     body = await _body(request, service)
     head = rest.head_length(request.headers.get(rest.HEADER_LENGTH), len(body))
     if head > service.settings.max_json_bytes:
