@@ -17,7 +17,7 @@ from service import errors
 from service.api import images, tensors
 from service.api.bodies import MultipartReader, Part, media_type, too_large, whole
 from service.api.direct import DirectRoute, direct
-from service.api.documented import refusals
+from service.api.documented import inlined, refusals
 from service.api.encoding import json_bytes
 from service.api.inference import compute, find_hosted, server_timing, unless_departed
 from service.api.schemas import ArraysAnswer, PredictionAnswer
@@ -89,9 +89,9 @@ async def predict(request: Request) -> Response:
             200: {
                 "description": "Labels and scores; by `Accept` one npy array, or the raw outputs.",
                 "content": {
-                    _JSON: {"schema": PredictionAnswer.model_json_schema()},
+                    _JSON: {"schema": inlined(PredictionAnswer)},
                     tensors.NPY: {"schema": {"type": "string", "format": "binary"}},
-                    ARRAYS: {"schema": ArraysAnswer.model_json_schema()},
+                    ARRAYS: {"schema": inlined(ArraysAnswer)},
                 },
             }
         },

@@ -515,3 +515,35 @@ def test_thousands_of_interleavings(device: DeviceThread) -> None:
 def test_the_interleaving_check_notices_rows_that_are_mixed_up(device: DeviceThread) -> None:
     outcomes = asyncio.run(_storm(Doubler(largest=8, mix_rows=True), device, seed=1))
     assert "wrong rows" in outcomes
+
+
+def test_a_full_queue_refuses_before_anything_is_read_or_decoded(device: DeviceThread) -> None:
+    fake = Doubler(largest=4)
+
+    async def scenario() -> None:
+        batcher = Batcher(fake, device, BatchLimits(queue_rows=5))
+        first = await _held(batcher, fake)
+        batcher.require_room()
+        with batcher.expecting(4):
+            batcher.require_room()
+            waiting = asyncio.create_task(batcher.submit(rows(1)))
+            await _settle()
+            with pytest.raises(QueueFull) as caught:
+                batcher.require_room()
+            assert caught.value.extra["retry_after"] > 0
+            with pytest.raises(QueueFull), batcher.expecting(1):
+                pass
+            with pytest.raises(QueueFull):
+                await batcher.submit(rows(2))
+        # The places that were held are free again; more rows than can wait is another error.
+        batcher.require_room()
+        assert batcher.stats().rejected == 3
+        others = asyncio.create_task(batcher.submit(rows(3, 4, 5, 6)))
+        await _settle()
+        fake.gate.set()
+        await asyncio.gather(first, waiting, others)
+        with batcher.expecting(6), pytest.raises(BadInput):
+            await batcher.submit(rows(*range(6)))
+        await batcher.close()
+
+    asyncio.run(scenario())
