@@ -76,6 +76,13 @@ class Settings(BaseSettings):
     # Where it listens and where it keeps things
     host: str = _setting("127.0.0.1", "address", "Address to listen on.", min_length=1)
     port: int = _setting(8000, "TCP port", "Port to listen on; 0 takes a free one.", ge=0, le=65535)
+    grpc_port: int = _setting(
+        0,
+        "TCP port",
+        "Port for the Open Inference Protocol over gRPC (extra `grpc`); 0 leaves it off.",
+        ge=0,
+        le=65535,
+    )
     data_dir: Path = _setting(Path(".data"), "path", "Folder of the embedded store and scratch.")
     models: Annotated[tuple[str, ...], NoDecode] = _setting(
         (), "NAME=PATH", "Checkpoints to convert and serve from the start, separated by commas."

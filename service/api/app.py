@@ -30,6 +30,7 @@ from service.api.guard import Guard, cors
 from service.api.keyring import Keyring
 from service.api.metrics import Metrics
 from service.api.middleware import AroundEveryRequest
+from service.api.ratelimit import RateLimit
 from service.api.state import Service
 from service.api.v2 import routes as v2
 from service.hosting import Host, worker_limits
@@ -52,11 +53,13 @@ a `remedy`; [/problems](/problems) lists them.
 def create_app(settings: Settings) -> FastAPI:
     """The application for `settings`. Nothing is opened before its lifespan begins."""
     metrics = Metrics()
+    limit = settings.rate_limit
+    rate = RateLimit(limit, settings.rate_limit_burst) if limit else None
     keyring = Keyring(settings.key_refresh_seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _opened(settings, metrics, keyring) as service:
+        async with _opened(settings, metrics, keyring, rate) as service:
             app.state.service = service
             yield
 
@@ -73,7 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     # First, hence the innermost: whatever is added after it is around direct routes too.
     app.add_middleware(DirectDispatch, routers=[("", predict.router), ("/v2", v2.hot)])
     # The last one added is the outermost.
-    app.add_middleware(Guard, settings=settings, keyring=keyring)
+    app.add_middleware(Guard, settings=settings, keyring=keyring, rate=rate)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, **cors(settings))
     app.add_middleware(AroundEveryRequest, metrics=metrics, access_log=settings.access_log)
@@ -98,7 +101,9 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 @asynccontextmanager
-async def _opened(settings: Settings, metrics: Metrics, keyring: Keyring) -> AsyncIterator[Service]:
+async def _opened(
+    settings: Settings, metrics: Metrics, keyring: Keyring, rate: RateLimit | None
+) -> AsyncIterator[Service]:
     """Open store, catalog, models and worker; close them in the opposite order."""
     async with AsyncExitStack() as stack:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -129,6 +134,11 @@ async def _opened(settings: Settings, metrics: Metrics, keyring: Keyring) -> Asy
         stack.push_async_callback(run_in_threadpool, worker.stop, settings.drain_seconds)
         service = Service(settings, metrics, blobs, catalog, host, worker, decoders, keyring, named)
         metrics.watch(lambda: health.watched(service))
+        if settings.grpc_port:
+            from service.api.v2 import rpc  # optional: the server has looked whether it is here
+
+            calls = await rpc.start(service, rate)
+            stack.push_async_callback(calls.stop, settings.drain_seconds)
         yield service
 
 

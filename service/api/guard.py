@@ -12,6 +12,7 @@ name as `Host`; an address or a name without a dot is not to be had by strangers
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -86,16 +87,16 @@ def cors(settings: Settings) -> dict[str, Any]:
 class Guard:
     """ASGI middleware; see the module."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, keyring: Keyring) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, keyring: Keyring, rate: RateLimit | None = None
+    ) -> None:
         self._app = app
-        self._keyring = keyring
-        self._required = settings.keys_required
+        self._keyring = keyring if settings.keys_required else None
         self._names = settings.allowed_hosts
-        self._check_host = bool(self._names) or not self._required
+        self._check_host = bool(self._names) or not settings.keys_required
         self._origins = frozenset(settings.cors_origins)
         self._max_url = settings.max_url_bytes
-        limit = settings.rate_limit
-        self._rate = RateLimit(limit, settings.rate_limit_burst) if limit else None
+        self._rate = rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -121,40 +122,54 @@ class Guard:
         if method not in _SAFE:
             check_origin(host, head.get(b"origin"), head.get(b"sec-fetch-site"), self._origins)
         wanted = access.needed(method, path)
-        caller = ANYONE
-        if self._required:
-            caller = self._identified(head, wanted, method, path)
-        if self._rate is not None and wanted is not None:
-            client = scope.get("client")
-            self._rate.take(caller.key.id if caller.key else client[0] if client else "")
-        return caller
+        client = (scope.get("client") or ("",))[0]
+        return admit(head, wanted, f"{method} {path}", client, self._keyring, self._rate)
 
-    def _identified(
-        self,
-        head: dict[bytes, bytes],
-        wanted: frozenset[KeyScope] | None,
-        method: str,
-        path: str,
-    ) -> Caller:
-        presented = _presented(head)
-        if presented is None:
-            if wanted is None:
-                return STRANGER
-            raise Unauthorized("The request carries no API key.")
-        try:
-            key = self._keyring.identify(presented)
-        except Unauthorized:
-            if wanted is None:
-                return STRANGER
-            raise
-        if wanted is not None and not wanted & key.scopes:
-            missing = sorted(wanted)
-            raise Forbidden(
-                f"{method} {path} needs the scope {' or '.join(missing)}; key {key.id} has "
-                f"{', '.join(sorted(key.scopes))}.",
-                required=missing,
-            )
-        return Caller(key, may_read=KeyScope.READ in key.scopes)
+
+def admit(
+    head: Mapping[bytes, bytes],
+    wanted: frozenset[KeyScope] | None,
+    what: str,
+    client: str,
+    keyring: Keyring | None,
+    rate: RateLimit | None,
+) -> Caller:
+    """Who sends a request with this head, if its key allows `what`, which wants those scopes.
+
+    `client` is the address by which a caller without a key is counted; without a keyring no key
+    is needed. Raises Unauthorized, Forbidden or RateLimited.
+    """
+    caller = ANYONE if keyring is None else _identified(head, wanted, what, keyring)
+    if rate is not None and wanted is not None:
+        rate.take(caller.key.id if caller.key else client)
+    return caller
+
+
+def _identified(
+    head: Mapping[bytes, bytes],
+    wanted: frozenset[KeyScope] | None,
+    what: str,
+    keyring: Keyring,
+) -> Caller:
+    presented = _presented(head)
+    if presented is None:
+        if wanted is None:
+            return STRANGER
+        raise Unauthorized("The request carries no API key.")
+    try:
+        key = keyring.identify(presented)
+    except Unauthorized:
+        if wanted is None:
+            return STRANGER
+        raise
+    if wanted is not None and not wanted & key.scopes:
+        missing = sorted(wanted)
+        raise Forbidden(
+            f"{what} needs the scope {' or '.join(missing)}; key {key.id} has "
+            f"{', '.join(sorted(key.scopes))}.",
+            required=missing,
+        )
+    return Caller(key, may_read=KeyScope.READ in key.scopes)
 
 
 def check_host(host: str, names: tuple[str, ...]) -> None:
@@ -195,7 +210,7 @@ def check_origin(
     raise OriginNotAllowed(f"The request comes from a page of {text[:80]!r}.")
 
 
-def _presented(head: dict[bytes, bytes]) -> str | None:
+def _presented(head: Mapping[bytes, bytes]) -> str | None:
     """The key in a request's head: `Authorization`, `X-API-Key`, or the pages' cookie."""
     if (given := head.get(b"authorization")) is not None:
         kind, _, key = given.decode("latin-1").partition(" ")

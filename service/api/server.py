@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import socket
+from importlib.util import find_spec
 from types import FrameType
 
 import structlog
@@ -55,6 +56,8 @@ def run(settings: Settings) -> int:
     except FoldserveError as error:
         log.error("cannot provision", model=text, detail=error.detail, remedy=error.remedy)
         return 2
+    if settings.grpc_port and not _has_grpc():
+        return 2
     try:
         listening = _listen(settings)
     except OSError as error:
@@ -86,6 +89,25 @@ def run(settings: Settings) -> int:
     with listening:
         server.run(sockets=[listening])
     return 0 if server.started else 1
+
+
+def _has_grpc() -> bool:
+    """Whether what serves gRPC is installed; says what to do if not."""
+    missing = [package for package in ("grpc", "google.protobuf") if not _is_installed(package)]
+    if missing:
+        log.error(
+            "cannot serve gRPC",
+            reason=f"FOLDSERVE_GRPC_PORT is set, but {' and '.join(missing)} cannot be imported.",
+            remedy="Install the extra: pip install 'foldserve[grpc]'. Or unset the variable.",
+        )
+    return not missing
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # not even its parent
+        return False
 
 
 def _allow_descriptors(connections: int) -> None:

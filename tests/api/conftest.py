@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,7 @@ GUARDED = {
     "FOLDSERVE_RESPONSE_IDLE_SECONDS": "1",
     "FOLDSERVE_MAX_PARTS": "4",
     "FOLDSERVE_MAX_PART_HEADER_BYTES": "300",
+    "FOLDSERVE_MAX_BODY_BYTES": "20000000",
     "FOLDSERVE_LOG_LEVEL": "debug",
     "FOLDSERVE_ACCESS_LOG": "true",
 }
@@ -100,6 +102,7 @@ KEYS = {
     "predictor": (Scope.PREDICT,),
     "writer": (Scope.WRITE,),
     "eager": (Scope.READ,),
+    "caller": (Scope.PREDICT,),
 }
 
 
@@ -118,8 +121,16 @@ def guarded(
     catalog = catalog_of(folder)
     keys = {name: catalog.keys.create(name, scopes)[0] for name, scopes in KEYS.items()}
     catalog.close()
-    with running(folder, GUARDED) as server:
+    with running(folder, GUARDED | {"FOLDSERVE_GRPC_PORT": str(free_port())}) as server:
         yield server, keys
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @pytest.fixture

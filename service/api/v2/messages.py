@@ -100,6 +100,15 @@ class InferAnswer:
     parameters: Mapping[str, Parameter]
 
 
+def checked_version(text: str | None) -> int | None:
+    """A version as the protocol has it, a string; nothing means the default. Raises BadInput."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
+        raise BadInput(f"{text[:40]!r} is no version.", remedy="Use a whole number from 1 on.")
+    return int(text)
+
+
 def checked_shape(name: str, shape: Sequence[object]) -> tuple[int, ...]:
     """A tensor's shape as sent, if it can be one. Raises BadInput."""
     if len(shape) > _MAX_RANK or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
@@ -120,6 +129,17 @@ def check_parameters(place: str, given: Mapping[str, object]) -> dict[str, Param
             raise BadInput(f"{place}: the parameter {name[:40]!r} is neither number nor string.")
         checked[name] = value
     return checked
+
+
+def to_wish(name: str, parameters: Mapping[str, Parameter], binary: bool) -> Wish:
+    """An output that is asked for with these parameters; `binary` is what holds without a word.
+
+    Raises BadInput.
+    """
+    classes = parameters.get("classification", 0)
+    if type(classes) is not int or classes < 0:
+        raise BadInput(f"`classification` of the output {name[:40]!r} is no count.")
+    return Wish(name, parameters.get("binary_data", binary) is True, classes)
 
 
 def to_rows(request: InferRequest, specs: Sequence[RowSpec]) -> dict[str, NDArray[Any]]:

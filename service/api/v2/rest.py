@@ -19,6 +19,7 @@ from service.api.v2.messages import (
     Wish,
     check_parameters,
     checked_shape,
+    to_wish,
 )
 from service.errors import BadInput
 
@@ -161,11 +162,7 @@ def _from_json(data: object, datatype: str, name: str) -> NDArray[Any]:
 
 def _wish(item: Mapping[str, Any], binary: bool) -> Wish:
     name = _name(item)
-    parameters = _parameters(item, f"the output {name[:40]!r}")
-    classes = parameters.get("classification", 0)
-    if type(classes) is not int or classes < 0:
-        raise _wrong(f"`classification` of the output {name[:40]!r} is no count")
-    return Wish(name, parameters.get("binary_data", binary) is True, classes)
+    return to_wish(name, _parameters(item, f"the output {name[:40]!r}"), binary)
 
 
 def encode(answer: InferAnswer) -> tuple[list[bytes | memoryview], int | None]:

@@ -32,6 +32,7 @@ from service.api.v2.documented import (
     refusals,
 )
 from service.api.v2.infer import infer
+from service.api.v2.messages import checked_version
 from service.errors import BadInput
 
 T = TypeVar("T")
@@ -180,7 +181,7 @@ async def version_statistics(name: Name, version: Version, service: Here) -> dic
 async def serve(request: Request) -> Response:
     """Read, check, run, answer; see `documented` for what it takes."""
     service = of(request)
-    version = _version(request.path_params.get("version"))
+    version = checked_version(request.path_params.get("version"))
     on = await find_hosted(service, request.path_params["name"], version)
     on.require_room("deploy")
     body = await _body(request, service)
@@ -318,14 +319,6 @@ async def _object_parameters(request: Request, service: Service) -> dict[str, An
     if value is not None and not isinstance(value, dict):
         raise BadInput("`parameters` is no JSON object.", remedy="Send an object, or nothing.")
     return value or {}
-
-
-def _version(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
-        raise BadInput(f"{text[:40]!r} is no version.", remedy="Use a whole number from 1 on.")
-    return int(text)
 
 
 def _model_ready(service: Service, name: str, version: int | None) -> Response:
