@@ -75,7 +75,7 @@ lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install -q '$(call pin,torch)' '$(call pin,setuptools)'
-	$(VENV)-lock/bin/pip install -q --no-build-isolation '.[demo,test,openvino,postgres]'
+	$(VENV)-lock/bin/pip install -q --no-build-isolation '.[demo,test,postgres]'
 	grep '^#' $(LOCK) > $(LOCK).new
 	$(VENV)-lock/bin/pip freeze --all --exclude foldserve --exclude pip | sed 's/+.*//' | LC_ALL=C sort -f >> $(LOCK).new
 	mv $(LOCK).new $(LOCK)

@@ -365,7 +365,7 @@ class FusionError(FoldserveError):
 
 
 class CertificateFailed(FusionError):
-    title = "The fused network is not equal to the uploaded one"
+    title = "The network that would be served is not equal to the uploaded one"
     remedy = "Nothing was published. The numbers say where it differs; please report them."
 
 

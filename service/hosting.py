@@ -12,12 +12,16 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import structlog
+import torch
+from torch import Tensor
 
 from service.bench import BenchPlan, Comparison, Subject, compare_in_steps
 from service.checkpoint import ReadLimits
@@ -33,6 +37,7 @@ from service.errors import (
 from service.graph import Program, load_program
 from service.networks import ModelConfig, parse_changes
 from service.serving import (
+    Description,
     Form,
     LoadOptions,
     ModelSet,
@@ -42,12 +47,14 @@ from service.serving import (
     Rows,
     RowSpec,
     backend_names,
+    can_quantise,
     random_rows,
 )
 from service.settings import Settings
 from service.store import BlobStore, Catalog, ModelRecord, State, VersionRecord
 from service.worker import WorkerLimits
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 _ARTIFACTS: Mapping[Form, str] = {"deploy": "deploy_program", "train": "train_program"}
@@ -56,8 +63,17 @@ _PRECISIONS: Mapping[str, Precision] = {
     "float32": "float32",
     "bfloat16": "bfloat16",
     "float16": "float16",
+    "int8": "int8",
 }
 _PAGE = 500
+CALIBRATION = "calibration"
+"""Kind of the artifact that holds a version's calibration inputs."""
+
+CALIBRATION_ROWS = 32
+"""Fewest calibration inputs: half of them set ranges, and half certify the outcome."""
+
+MOST_CALIBRATION_ROWS = 600
+"""Calibration inputs that are used; more hardly change the outcome and make loading slow."""
 
 
 def check_config(text: str | bytes) -> dict[str, Any]:
@@ -72,6 +88,12 @@ def check_config(text: str | bytes) -> dict[str, Any]:
             remedy=f"Use one of auto, {', '.join(backend_names())}.",
             field="backend",
         )
+    if config.precision == "int8" and not can_quantise():
+        raise InvalidConfig(
+            "`precision` is int8, which is not available here.",
+            remedy="Install foldserve[int8], or use float32 or bfloat16.",
+            field="precision",
+        )
     checked: dict[str, Any] = json.loads(config.to_json())
     return checked
 
@@ -81,6 +103,17 @@ def check_changes(text: bytes) -> dict[str, Any]:
     changed = parse_changes(text)
     checked: dict[str, Any] = json.loads(changed.to_json())
     return {field: checked[field] for field in json.loads(text)}
+
+
+def check_calibration(config: Mapping[str, Any], given: bool) -> None:
+    """Raises InvalidConfig when a config asks for int8 and no calibration inputs came with it."""
+    if config["precision"] == "int8" and not given:
+        raise InvalidConfig(
+            "`precision` is int8, and no inputs to calibrate it were sent.",
+            remedy="Send 64 or more typical inputs as the part `calibration`: one npy array "
+            "[N, *input shape], preprocessed as the network takes it.",
+            field="precision",
+        )
 
 
 def worker_limits(settings: Settings) -> WorkerLimits:
@@ -340,8 +373,10 @@ class Host:
             raise
         self.failures.pop((model, version), None)
 
-    async def _load_into_set(self, version: VersionRecord, files: Mapping[str, Path]) -> None:
-        """Load a version whose programs are in `files`, or else in the store.
+    async def _load_into_set(
+        self, version: VersionRecord, files: Mapping[str, Path]
+    ) -> Description:
+        """Load a version whose programs are in `files`, or else in the store; how it runs.
 
         The training form is read again whenever it is first wanted, so that one always comes from
         the store: a conversion's files are gone by then.
@@ -357,7 +392,7 @@ class Host:
         reads: dict[Form, Callable[[], Program]] = {"deploy": deploy}
         if _ARTIFACTS["train"] in kinds:
             reads["train"] = lambda: self._read(name, number, "train")
-        await self.models.load(name, number, reads, self._options(version))
+        loaded = await self.models.load(name, number, reads, self._options(version))
         if name in self._unloaded:  # meanwhile
             await self.models.unload(name, number)
             self._check_serving(name)
@@ -371,6 +406,7 @@ class Host:
             preprocessing=version.config.get("preprocessing"),
             models=self.models,
         )
+        return loaded.description
 
     def _read(self, model: str, version: int, form: Form) -> Program:
         record = self.catalog.get_version(model, version)
@@ -379,21 +415,53 @@ class Host:
     def _options(self, version: VersionRecord) -> LoadOptions:
         asked = version.config
         backend = asked.get("backend", "auto")
+        blob = version.artifacts.get(CALIBRATION)
+        calibration = None if blob is None else partial(self._calibration, blob)
         return LoadOptions(
             device=self.settings.device,
-            backend="torch" if backend == "auto" else backend,
+            backend=self.settings.backend if backend == "auto" else backend,
             precision=_PRECISIONS[asked.get("precision", "auto")],
             max_batch=self.settings.max_batch,
+            calibration=calibration,
         )
+
+    def _calibration(self, blob: str) -> tuple[Tensor, ...]:
+        """The uploaded calibration inputs [N, *input shape]. Raises InvalidConfig."""
+        path = self.blobs.open_path(blob)
+        try:  # mapped, so that a header cannot claim more than the file holds
+            array = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=4096)
+        except (ValueError, OSError, EOFError) as error:
+            raise InvalidConfig(
+                f"`calibration` is not an npy array: {error}.", field="calibration"
+            ) from None
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim < 2:
+            raise InvalidConfig("`calibration` is no array of float32 rows.", field="calibration")
+        if len(array) < CALIBRATION_ROWS:
+            raise InvalidConfig(
+                f"`calibration` has {len(array)} rows; {CALIBRATION_ROWS} or more are needed.",
+                field="calibration",
+            )
+        rows = np.ascontiguousarray(array[:MOST_CALIBRATION_ROWS], dtype=np.float32)
+        if not np.isfinite(rows).all():
+            raise InvalidConfig(
+                "`calibration` holds numbers that are not finite.", field="calibration"
+            )
+        return (torch.from_numpy(rows),)
 
     # ---- the worker's hooks -------------------------------------------------------------
 
-    def prepare(self, version: VersionRecord, programs: Mapping[str, Path]) -> None:
-        """Load and warm a converted version beside whatever serves now, if it can be served."""
+    def prepare(
+        self, version: VersionRecord, programs: Mapping[str, Path]
+    ) -> dict[str, Any] | None:
+        """Load and warm a converted version beside whatever serves now, if it can be served.
+
+        Returns how it runs: `Description.to_dict`.
+        """
         if _ARTIFACTS["deploy"] not in programs or version.model in self._unloaded:
-            return
+            return None
         with contextlib.suppress(ModelUnloaded):  # it is published all the same
-            self._on_loop(self._load_into_set(version, programs))
+            return self._on_loop(self._load_into_set(version, programs)).to_dict()
+        return None
 
     def published(self, version: VersionRecord) -> None:
         """Let the model's default answer; that is this version unless the default is pinned."""
@@ -408,11 +476,11 @@ class Host:
         """Forget a version that was prepared and then not published."""
         self._on_loop(self.forget(version.model, version.version))
 
-    def _on_loop(self, work: Any) -> None:
+    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop is None or self._loop.is_closed():
             work.close()
             raise NotLoaded("The service is stopping.")
-        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # ---- measuring ----------------------------------------------------------------------
 

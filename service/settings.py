@@ -239,8 +239,14 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = _setting(
         "auto", "name", "Device that serves; `auto` takes a CUDA device when there is one."
     )
+    backend: Literal["auto", "torch", "openvino"] = _setting(
+        "auto", "name", "Engine of versions that name none; `auto` measures and keeps the fastest."
+    )
     torch_threads: int = _setting(
-        0, "threads", "CPU threads of one forward pass; 0 lets PyTorch choose.", ge=0
+        0,
+        "threads",
+        "Most CPU threads of one forward pass; 0 means every CPU that is available.",
+        ge=0,
     )
     max_batch: int = _setting(
         32, "rows", "Largest batch that the service prepares and runs at once.", ge=1, le=4096

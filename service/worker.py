@@ -44,8 +44,13 @@ _DURATION_SECONDS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 class Hooks(Protocol):
     """What the service does with results. Called from the worker's thread; may block."""
 
-    def prepare(self, version: VersionRecord, programs: Mapping[str, Path]) -> None:
-        """Load and warm the programs (kinds `deploy_program`, perhaps `train_program`)."""
+    def prepare(
+        self, version: VersionRecord, programs: Mapping[str, Path]
+    ) -> dict[str, Any] | None:
+        """Load and warm the programs (kinds `deploy_program`, perhaps `train_program`).
+
+        Returns how the version runs, for its resource; None if it cannot be served.
+        """
 
     def published(self, version: VersionRecord) -> None:
         """The version is `ready` in the catalog: let it answer."""
@@ -177,14 +182,14 @@ class Worker:
         files = {kind: _inside(scratch, path) for kind, path in conversion.files.items()}
         artifacts = {kind: self.blobs.put_file(path).sha256 for kind, path in files.items()}
         self._tell(version, "prepare")
-        self.hooks.prepare(version, files)
+        execution = self.hooks.prepare(version, files)
         try:
             published = self.catalog.publish(
                 version.model,
                 version.version,
                 form=conversion.form,
                 architecture=conversion.architecture,
-                fusion=conversion.fusion,
+                fusion={**conversion.fusion, "execution": execution},
                 artifacts=artifacts,
                 servable="deploy_program" in artifacts,
                 worker=self.name,

@@ -56,9 +56,10 @@ def running(
 ) -> Iterator[RunningServer]:
     """`foldserve serve` on a free port with its data in `folder`, ready when this returns."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
-    # Not the default priority: on a machine that others keep busy, an idle process never runs.
+    # Not the default priority: on a machine that others keep busy, an idle process never runs. Not
+    # the default backend either: one that needs no measuring is there in a moment.
     own |= {"FOLDSERVE_LOG_FORMAT": "json", "FOLDSERVE_CONVERSION_PRIORITY": "normal"}
-    own |= dict(environment or {})
+    own |= {"FOLDSERVE_BACKEND": "torch"} | dict(environment or {})
     log_file = folder.parent / f"{folder.name}.log"
     command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
     with log_file.open("wb") as log:

@@ -35,7 +35,7 @@ from service.api.state import Service
 from service.api.v2 import routes as v2
 from service.hosting import Host, worker_limits
 from service.provision import Provision, provision
-from service.serving import BatchLimits, ModelSet, ModelSetLimits
+from service.serving import BatchLimits, Choices, ModelSet, ModelSetLimits
 from service.settings import Settings
 from service.store import BlobStore, Catalog
 from service.worker import Worker
@@ -121,7 +121,8 @@ async def _opened(
             threads=settings.torch_threads,
             train_idle_seconds=settings.idle_unload_seconds,
         )
-        host = Host(settings, catalog, blobs, ModelSet(limits))
+        choices = Choices(settings.data_dir / "choices.json")
+        host = Host(settings, catalog, blobs, ModelSet(limits, choices))
         await host.start()
         stack.push_async_callback(host.close)
         decoders = ThreadPoolExecutor(settings.decode_threads, "foldserve-decode")

@@ -38,6 +38,7 @@ def version_resource(record: VersionRecord, default_version: int | None) -> dict
         "architecture": record.architecture,
         "preprocessing": _preprocessing(record),
         "fusion": record.fusion,
+        "execution": (record.fusion or {}).get("execution"),
         "progress": None if record.state.final else record.progress,
         "error": None if record.error is None else problems.document(record.error, path),
         "created_at": record.created_at,

@@ -83,6 +83,10 @@ class VersionAnswer(Answer):
         description="How posted images become inputs; null when the input is no image."
     )
     fusion: FusionAnswer | None
+    execution: dict[str, Any] | None = Field(
+        description="How it ran where it was published: backend, precision, threads, the engines "
+        "measured with their latency relative to the first, and its accuracy against float32."
+    )
     progress: dict[str, Any] | None
     error: Problem | None
     created_at: datetime

@@ -20,7 +20,7 @@ from service.api.resources import version_path, version_resource
 from service.api.schemas import VersionAnswer
 from service.api.state import Here, Service, in_thread
 from service.errors import BadInput, InvalidConfig, UnsupportedMediaType, UploadTooLarge
-from service.hosting import check_config
+from service.hosting import CALIBRATION, check_calibration, check_config
 from service.store import BlobRef, BlobWriter, State, VersionRecord, check_model_name
 
 router = APIRouter(tags=["versions"])
@@ -33,12 +33,13 @@ ModelName = Annotated[str, Path(description="`[a-z0-9][a-z0-9._-]{0,62}`", examp
 
 
 class _Upload:
-    """What arrived: the stored bytes, their name, and the config's text."""
+    """What arrived: the stored bytes, their name, the config's text, and calibration inputs."""
 
     def __init__(self) -> None:
         self.blob: BlobRef | None = None
         self.filename: str | None = None
         self.config = b""
+        self.calibration: BlobRef | None = None
 
 
 @router.post(
@@ -79,6 +80,12 @@ class _Upload:
                                 "`preprocessing`, `labels`, `weights`, `backend`, `precision`.",
                                 "example": '{"labels": ["cat", "dog"]}',
                             },
+                            "calibration": {
+                                "type": "string",
+                                "format": "binary",
+                                "description": "Typical inputs, one npy array [N, *input shape]: "
+                                "they set the ranges of int8 and certify lower precisions.",
+                            },
                         },
                     }
                 },
@@ -110,6 +117,7 @@ async def upload(
     check_model_name(name)
     received = await _receive(request, service, config, filename)
     checked = check_config(received.config)
+    check_calibration(checked, received.calibration is not None)
     assert received.blob is not None
     service.metrics.uploaded_bytes.inc(received.blob.size)
     record = await in_thread(
@@ -119,6 +127,7 @@ async def upload(
         received.blob.size,
         received.filename,
         checked,
+        {} if received.calibration is None else {CALIBRATION: received.calibration.sha256},
     )
     service.worker.wake()
     seconds = _wait_seconds(prefer, service)
@@ -163,15 +172,17 @@ async def _receive_multipart(request: Request, service: Service) -> _Upload:
     async for event in events:
         if not isinstance(event, Part):
             continue
-        if event.name in seen or event.name not in ("checkpoint", "config"):
+        if event.name in seen or event.name not in ("checkpoint", "config", "calibration"):
             raise BadInput(
                 f"The form has an unexpected or repeated field {event.name[:80]!r}.",
-                remedy="Send one `checkpoint` file and at most one `config`.",
+                remedy="Send one `checkpoint` file and at most one `config` and `calibration`.",
             )
         seen.add(event.name)
         if event.name == "checkpoint":
             upload.filename = event.filename
             upload.blob = await _store(service, _content(events))
+        elif event.name == "calibration":
+            upload.calibration = await _store(service, _content(events))
         else:
             async for piece in _content(events):
                 _check_config_size(len(upload.config) + len(piece), service)

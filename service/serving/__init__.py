@@ -2,12 +2,14 @@
 
 from service.serving.backends import (
     Backend,
+    Choices,
     Description,
     Precision,
     Prepared,
     RowSpec,
     backend_named,
     backend_names,
+    can_quantise,
     powers_of_two,
     random_rows,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "BatchLimits",
     "Batcher",
     "BatcherStats",
+    "Choices",
     "Description",
     "DeviceThread",
     "Form",
@@ -42,6 +45,7 @@ __all__ = [
     "available_cpus",
     "backend_named",
     "backend_names",
+    "can_quantise",
     "powers_of_two",
     "random_rows",
 ]

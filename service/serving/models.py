@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from service.errors import FormNotAvailable, NotLoaded
 from service.graph import Program
-from service.serving.backends import Prepared
+from service.serving.backends import Choices, Prepared
 from service.serving.batcher import BatchLimits
 from service.serving.device import DeviceThread
 from service.serving.request import Result, Rows
@@ -55,8 +55,12 @@ class _Source:
 class ModelSet:
     """Loaded programs by model, version and form; used from one event loop."""
 
-    def __init__(self, limits: ModelSetLimits | None = None) -> None:
+    def __init__(
+        self, limits: ModelSetLimits | None = None, choices: Choices | None = None
+    ) -> None:
+        """What was measured to be fastest is remembered in `choices`."""
         self.limits = limits or ModelSetLimits()
+        self._choices = choices or Choices()
         self._devices: dict[str, DeviceThread] = {}
         self._sources: dict[tuple[str, int], _Source] = {}
         self._runners: dict[ModelKey, Runner] = {}
@@ -234,8 +238,11 @@ class ModelSet:
         return runner
 
     async def _load_form(self, key: ModelKey, source: _Source) -> Runner:
+        options = source.options
+        if options.precision == "int8":  # it is there to be compared with, as it was trained
+            options = replace(options, precision="float32")
         try:
-            runner = await self._start(key, source.read[key.form], source.options)
+            runner = await self._start(key, source.read[key.form], options)
         finally:
             del self._loading[key]
         if self._sources.get((key.model, key.version)) is not source or self._closing:
@@ -252,7 +259,9 @@ class ModelSet:
         place = options.place
         if place not in self._devices:
             self._devices[place] = DeviceThread(place, self.limits.threads)
-        return await start_runner(key, read, options, self._devices[place], self.limits.batch)
+        return await start_runner(
+            key, read, options, self._devices[place], self.limits.batch, self._choices
+        )
 
     async def _sweep_forever(self) -> None:
         while True:

@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from service.errors import NotLoaded
 from service.graph import Program
-from service.serving.backends import Description, Precision, Prepared, backend_named, powers_of_two
+from service.serving.backends import (
+    Choices,
+    Description,
+    Precision,
+    Prepared,
+    backend_named,
+    powers_of_two,
+)
 from service.serving.batcher import Batcher, BatcherStats, BatchLimits
 from service.serving.device import DeviceThread
 
@@ -29,13 +37,15 @@ class LoadOptions:
     `device`: `cpu`, `cuda`, `cuda:N`, or `auto` for a CUDA device if there is one. `backend`: one
     of `backend_names()`, or `auto` for the fastest of them that agrees. `precision`: what it
     computes in. `max_batch` (rows, default 32): the largest batch; powers of two up to it are
-    prepared.
+    prepared. `calibration` gives rows of the user's, [N, *shape] for each input, and is called off
+    the event loop: they set the ranges of int8, and lower precisions are certified on them.
     """
 
     device: str = "auto"
     backend: str = "torch"
     precision: Precision = "float32"
     max_batch: int = 32
+    calibration: Callable[[], tuple[Tensor, ...]] | None = None
 
     @property
     def place(self) -> str:
@@ -114,18 +124,21 @@ async def start_runner(
     options: LoadOptions,
     device: DeviceThread,
     limits: BatchLimits,
+    choices: Choices,
 ) -> Runner:
     """Read and prepare a program off the loop, then warm it on its device, step by step.
 
     The device serves other programs meanwhile and between the steps. Raises what `read` raises, and
-    BackendFailed when the program cannot run as `options` ask.
+    BackendFailed when the program cannot run as `options` ask, and CertificateFailed when what runs
+    does not agree with the program.
     """
     started = time.monotonic()
-    backend = backend_named(options.backend)
+    backend = backend_named(options.backend, choices, device.threads)
 
     def prepare() -> Prepared:
         sizes = powers_of_two(options.max_batch)
-        return backend.prepare(read(), device.device, options.precision, sizes)
+        own = options.calibration() if options.calibration is not None else None
+        return backend.prepare(read(), device.device, options.precision, sizes, own)
 
     prepared = await asyncio.to_thread(prepare)
     try:

@@ -113,12 +113,19 @@ class Catalog:
     # ---- versions -----------------------------------------------------------------------
 
     def create_version(
-        self, model: str, sha256: str, size: int, filename: str | None, config: Json
+        self,
+        model: str,
+        sha256: str,
+        size: int,
+        filename: str | None,
+        config: Json,
+        artifacts: Mapping[str, str] | None = None,
     ) -> VersionRecord:
         """Queue an uploaded checkpoint as the model's next version; makes the model if need be.
 
         `sha256` and `size` (bytes) are those of its blob; `filename` is for display only and is
-        cleaned. Concurrent callers get different numbers. Raises NameInvalid.
+        cleaned; `artifacts` maps the kinds of what came with it to their blobs. Concurrent callers
+        get different numbers. Raises NameInvalid.
         """
         check_model_name(model)
         if _SHA256.fullmatch(sha256) is None or size < 0:
@@ -141,6 +148,7 @@ class Catalog:
                 config=config,
                 last_event=0,
                 attempts=0,
+                artifacts=[ArtifactRow(kind=k, sha256=sha) for k, sha in (artifacts or {}).items()],
             )
             session.add(row)
             session.flush()

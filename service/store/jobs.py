@@ -115,7 +115,9 @@ def publish(
     """
     row.checkpoint_form, row.architecture, row.fusion = form, architecture, fusion
     row.error, row.servable = None, servable
-    row.artifacts = [ArtifactRow(kind=kind, sha256=sha) for kind, sha in artifacts.items()]
+    uploaded = [artifact for artifact in row.artifacts if artifact.kind not in artifacts]
+    made = [ArtifactRow(kind=kind, sha256=sha) for kind, sha in artifacts.items()]
+    row.artifacts = [*uploaded, *made]
     move(session, row, State.READY)
     model = row.model
     if servable and not model.default_pinned and (model.default_version or 0) < row.number:

@@ -1,17 +1,20 @@
 """Ways to execute a program: one small interface, several engines behind it."""
 
 from service.serving.backends.base import Backend, Description, Precision, Prepared
-from service.serving.backends.registry import backend_named, backend_names
+from service.serving.backends.choices import Choices
+from service.serving.backends.registry import backend_named, backend_names, can_quantise
 from service.serving.backends.rows import RowSpec, powers_of_two, random_rows
 
 __all__ = [
     "Backend",
+    "Choices",
     "Description",
     "Precision",
     "Prepared",
     "RowSpec",
     "backend_named",
     "backend_names",
+    "can_quantise",
     "powers_of_two",
     "random_rows",
 ]

@@ -1,71 +1,120 @@
-"""The fastest backend that agrees: candidates are checked against PyTorch, then measured here."""
+"""The fastest engine that agrees: candidates are checked against PyTorch, then measured here."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from service.errors import BackendFailed
+from service.errors import BackendFailed, CertificateFailed, InvalidConfig
 from service.graph import Program
+from service.serving.backends.accuracy import Accuracy, measure_accuracy, worst
 from service.serving.backends.base import Backend, Description, Precision, Prepared
-from service.serving.backends.choose import fastest
-from service.serving.backends.rows import checked_sizes, random_rows
+from service.serving.backends.choices import Choice, Choices, choice_key
+from service.serving.backends.rows import checked_sizes, random_rows, signature
 
 log = logging.getLogger(__name__)
 
-PROBE_ROWS = 8
-TOLERANCES: Mapping[Precision, float] = {
-    "float32": 1e-4,
-    "tf32": 1e-2,
-    "bfloat16": 5e-2,
-    "float16": 1e-2,
-}
-"""Largest difference from PyTorch's float32 outputs, in 2-norm, relative to how much those outputs
-vary between probe rows (an output that hardly varies must not hide an error)."""
+MEASURED_ROWS = 8
 
 
 class AutoBackend:
-    """Tries every candidate on a CPU and keeps the fastest that agrees; elsewhere the first.
+    """Keeps the fastest of its candidates that agrees with `reference` in float32.
 
-    The first candidate is the default: it needs no agreement, because it computes what was asked
-    for by definition, and others must beat it by a margin. A program with the same structure is not
-    measured again in this process.
+    The first candidate is the default: others must beat it by a margin. In float32 the reference
+    itself needs no check. What was chosen for a structure is remembered in `choices`, and then
+    nothing else is even loaded.
     """
 
     name = "auto"
 
-    def __init__(self, candidates: Sequence[Backend]) -> None:
+    def __init__(
+        self,
+        candidates: Sequence[Backend],
+        reference: Backend,
+        choices: Choices | None = None,
+        threads: int = 0,
+    ) -> None:
+        """`threads` are the CPU threads that the choice is made for; 0 means this thread's."""
         self._candidates = tuple(candidates)
-        self._choices: dict[str, str] = {}
+        self._reference = reference
+        self._choices = choices or Choices()
+        self._threads = threads
 
     def prepare(
-        self, program: Program, device: str, precision: Precision, batch_sizes: Sequence[int]
+        self,
+        program: Program,
+        device: str,
+        precision: Precision,
+        batch_sizes: Sequence[int],
+        calibration: tuple[Tensor, ...] | None = None,
     ) -> Prepared:
-        """Load `program` with every candidate; `warm` chooses.
+        """Load `program` with every candidate that may be chosen; `warm` checks and chooses.
 
-        Raises BackendFailed when the first candidate cannot run the program so; the others are
-        then merely left out, and a note says why.
+        With `calibration`, half of the rows set ranges and the other half are what the outcome is
+        checked on. Raises BackendFailed when no candidate can run the program so; one that cannot
+        is left out, and a note says why.
         """
-        default, *others = self._candidates
-        first = default.prepare(program, device, precision, batch_sizes)
-        if device != "cpu" or not others:
-            return first
-        prepared = {default.name: first}
-        notes = []
-        for other in others:
-            try:
-                prepared[other.name] = other.prepare(program, device, precision, batch_sizes)
-            except BackendFailed as error:
-                notes.append(f"{other.name} was left out: {error.detail}")
+        names = [candidate.name for candidate in self._candidates]
+        key = choice_key(
+            "backend",
+            program,
+            self._threads or torch.get_num_threads(),
+            names,
+            device,
+            precision,
+            max(batch_sizes),
+        )
+        _check_calibration(program, calibration)
+        ranges, held_out = _halves(calibration)
+        known = self._choices.get(key)
+        wanted = [c for c in self._candidates if known is not None and c.name == known.name]
+        for candidates in (wanted, self._candidates):
+            prepared: dict[str, Prepared] = {}
+            notes: dict[str, str] = {}
+            failure: BackendFailed | None = None
+            for each in candidates:
+                try:
+                    prepared[each.name] = each.prepare(
+                        program, device, precision, batch_sizes, ranges
+                    )
+                except BackendFailed as error:
+                    failure = error
+                    notes[each.name] = f"{each.name} was left out: {error.detail}"
+            if prepared:
+                break
+        else:
+            raise failure or BackendFailed("There is no backend to choose from.")
         exact = precision == "float32"
-        reference = first if exact else default.prepare(program, device, "float32", batch_sizes)
-        key = f"{structure(program)} {device} {precision} {sorted(prepared)} {max(batch_sizes)}"
-        return _Auto(precision, batch_sizes, prepared, reference, notes, self._choices, key)
+        first = prepared.get(self._reference.name) if exact else None
+        reference = first
+        if reference is None:
+            reference = self._reference.prepare(program, device, "float32", batch_sizes)
+        return _Auto(
+            precision, batch_sizes, prepared, reference, notes, self._choices, key, held_out
+        )
+
+
+def _check_calibration(program: Program, rows: tuple[Tensor, ...] | None) -> None:
+    wanted = [spec.shape for spec in signature(program).inputs]
+    given = None if rows is None else [tuple(column.shape[1:]) for column in rows]
+    if given is not None and given != wanted:
+        raise InvalidConfig(
+            f"`calibration` has rows of shape {given}; the network takes {wanted}.",
+            field="calibration",
+        )
+
+
+def _halves(
+    rows: tuple[Tensor, ...] | None,
+) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    """Every other row, and the rows in between."""
+    if rows is None:
+        return None, None
+    return tuple(column[::2] for column in rows), tuple(column[1::2] for column in rows)
 
 
 class _Auto:
@@ -75,40 +124,50 @@ class _Auto:
         batch_sizes: Sequence[int],
         candidates: dict[str, Prepared],
         reference: Prepared,
-        notes: Sequence[str],
-        choices: dict[str, str],
+        notes: dict[str, str],
+        choices: Choices,
         key: str,
+        held_out: tuple[Tensor, ...] | None,
     ) -> None:
         self.batch_sizes = checked_sizes(batch_sizes)
-        self._tolerance = TOLERANCES[precision]
+        self._precision = precision
         self._candidates = candidates
-        self._reference = reference
-        self._notes = tuple(notes)
+        self._reference: Prepared | None = reference
+        self._notes = notes
         self._choices, self._key = choices, key
+        self._held_out = held_out
+        self._reference_tried = reference in candidates.values()
+        self._accuracy: dict[str, Accuracy] = {}
         self._chosen = next(iter(candidates.values()))
+        self._relative: dict[str, float] = {}
         self.inputs, self.outputs = self._chosen.inputs, self._chosen.outputs
 
     def warm(self) -> Iterator[None]:
-        """Warm every candidate, drop those that disagree, measure the rest, keep one."""
-        default, *others = self._candidates
-        yield from self._candidates[default].warm()
-        for name in others:
+        """Warm every candidate, drop those that disagree, measure the rest, keep one.
+
+        Raises CertificateFailed, with the numbers, when none agrees.
+        """
+        errors: list[Exception] = []
+        for name in list(self._candidates):
             try:
                 yield from self._candidates[name].warm()
-                self._check(name)
+                yield from self._check(name)
+            except CertificateFailed as error:
+                self._leave_out(name, error.detail)
             except Exception as error:
-                log.warning("the backend %s was left out: %s", name, error)
-                self._notes += (f"{name} was left out: {error}",)
-                self._candidates.pop(name).close()
-            yield
-        key = f"{self._key} {torch.get_num_threads()}"
-        if (known := self._choices.get(key)) not in self._candidates:
-            known = self._choices[key] = yield from self._measure()
-        for name in self._candidates.keys() - {known}:
+                errors.append(error)
+                self._leave_out(name, f"{name} was left out: {error}")
+        if not self._candidates:
+            yield from self._fall_back(errors)
+        self._held_out = None
+        choice = yield from self._choose()
+        for name in self._candidates.keys() - {choice.name}:
             self._candidates.pop(name).close()
-        self._chosen = self._candidates[known]
-        if self._reference is not self._chosen:
+        self._chosen = self._candidates[choice.name]
+        self._relative = dict(choice.relative)
+        if self._reference is not None and self._reference is not self._chosen:
             self._reference.close()
+        self._reference = None
 
     def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Outputs for a batch of at most the largest prepared size."""
@@ -116,54 +175,64 @@ class _Auto:
 
     def describe(self) -> Description:
         chosen = self._chosen.describe()
-        return replace(chosen, notes=(*chosen.notes, *self._notes))
+        accuracy = self._accuracy.get(chosen.backend)
+        return replace(
+            chosen,
+            notes=(*chosen.notes, *self._notes.values()),
+            candidates=self._relative,
+            accuracy={} if accuracy is None else accuracy.to_dict(),
+        )
 
     def close(self) -> None:
         for prepared in (self._reference, *self._candidates.values()):
-            prepared.close()
+            if prepared is not None:
+                prepared.close()
+        self._chosen.close()
 
-    def _check(self, name: str) -> None:
-        """Raises BackendFailed when a candidate's outputs are not those of the reference."""
-        batch = random_rows(self.inputs, min(PROBE_ROWS, self.batch_sizes[-1]), seed=1)
-        expected, got = self._reference.run(batch), self._candidates[name].run(batch)
-        for truth, answer in zip(expected, got, strict=True):
-            difference = relative_difference(truth, answer)
-            if not difference <= self._tolerance:  # so that NaN is refused too
-                raise BackendFailed(
-                    f"its outputs differ from PyTorch's by {difference:.1e} of their variation, "
-                    f"more than {self._tolerance:.0e}"
-                )
+    def _leave_out(self, name: str, why: str) -> None:
+        log.warning("the backend %s was left out: %s", name, why)
+        self._notes[name] = why
+        left = self._candidates.pop(name)
+        if left is not self._reference:
+            left.close()
 
-    def _measure(self) -> Generator[None, None, str]:
-        sizes = sorted({1, min(PROBE_ROWS, self.batch_sizes[-1])})
-        runs = {name: candidate.run for name, candidate in self._candidates.items()}
-        batches = [random_rows(self.inputs, size) for size in sizes]
-        name, relative = yield from fastest(runs, batches)
-        default, *others = runs
-        self._notes += tuple(f"{other} took {relative[other]:.2f} of {default}" for other in others)
-        return name
+    def _check(self, name: str) -> Iterator[None]:
+        """Raises CertificateFailed when a candidate's outputs are not those of the reference."""
+        candidate, reference = self._candidates[name], self._reference
+        assert reference is not None
+        if candidate is reference:
+            return
+        found = yield from measure_accuracy(reference, candidate, self._precision, self._held_out)
+        self._accuracy[name] = found
+        if not found.passed:
+            raise CertificateFailed(found.sentence() + ".", accuracy=found.to_dict())
 
+    def _fall_back(self, errors: Sequence[Exception]) -> Iterator[None]:
+        """Serve the reference where it computes what was asked for; else say what failed."""
+        reference = self._reference
+        if self._precision == "float32" and reference is not None and not self._reference_tried:
+            self._candidates[reference.describe().backend] = reference
+            yield from reference.warm()
+            return
+        failed = [accuracy for accuracy in self._accuracy.values() if not accuracy.passed]
+        if not failed:
+            raise errors[0]
+        nearest = worst(failed)
+        raise CertificateFailed(
+            f"{nearest.sentence()}.",
+            remedy="Ask for another `precision` in `config`; float32 is exact.",
+            accuracy=nearest.to_dict(),
+        )
 
-def relative_difference(truth: Tensor, answer: Tensor) -> float:
-    """2-norm of the difference over that of `truth` [N, ...] around its mean row.
-
-    With one row, or an output that does not vary at all, over that of `truth` itself; integer
-    outputs (labels) must be equal.
-    """
-    if not truth.is_floating_point():
-        return 0.0 if torch.equal(truth, answer) else float("inf")
-    exact = truth.double()
-    error = (answer.double() - exact).norm()
-    variation = (exact - exact.mean(0)).norm()
-    scale = variation if len(exact) > 1 and variation > 0 else exact.norm()
-    return float(error / scale) if error else 0.0
-
-
-def structure(program: Program) -> str:
-    """A digest of everything about a program that its speed depends on: all but the weights."""
-    digest = hashlib.sha256(repr(program.inputs).encode())
-    for node in program.nodes:
-        digest.update(repr((node.op, dict(node.args), node.shape, node.dtype)).encode())
-    for name, tensor in program.weights.items():
-        digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
-    return digest.hexdigest()
+    def _choose(self) -> Generator[None, None, Choice]:
+        if len(self._candidates) == 1:
+            (name,) = self._candidates
+            known = self._choices.get(self._key)
+            return known if known is not None and known.name == name else Choice(name, {})
+        sizes = sorted({1, min(MEASURED_ROWS, self.batch_sizes[-1])})
+        choice = yield from self._choices.choose(
+            self._key,
+            {name: candidate.run for name, candidate in self._candidates.items()},
+            [random_rows(self.inputs, size) for size in sizes],
+        )
+        return choice

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from service.graph import Program
     from service.serving.backends.rows import RowSpec
 
-Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+Precision = Literal["float32", "tf32", "bfloat16", "float16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class Description:
     `device` is the name a person knows (`AMD EPYC 9B14`, `NVIDIA H200`), `place` the torch device
     string (`cpu`, `cuda:0`), `threads` the CPU threads that one run may use, `layout` the memory
     format that was chosen and `notes` what else was decided while preparing, with the reason.
+    `candidates` are the engines that were measured, with their latency over that of the first, and
+    `accuracy` how well the one that runs agrees with PyTorch in float32; empty where there was
+    nothing to choose or to check.
     """
 
     backend: str
@@ -34,10 +37,17 @@ class Description:
     batch_sizes: tuple[int, ...]
     weight_bytes: int
     notes: tuple[str, ...] = ()
+    candidates: Mapping[str, float] = field(default_factory=dict)
+    accuracy: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
-        return asdict(self) | {"batch_sizes": list(self.batch_sizes), "notes": list(self.notes)}
+        return vars(self) | {
+            "batch_sizes": list(self.batch_sizes),
+            "notes": list(self.notes),
+            "candidates": dict(self.candidates),
+            "accuracy": dict(self.accuracy),
+        }
 
 
 class Prepared(Protocol):
@@ -87,11 +97,18 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     def prepare(
-        self, program: Program, device: str, precision: Precision, batch_sizes: Sequence[int]
+        self,
+        program: Program,
+        device: str,
+        precision: Precision,
+        batch_sizes: Sequence[int],
+        calibration: tuple[Tensor, ...] | None = None,
     ) -> Prepared:
         """Load `program` onto `device` for up to `max(batch_sizes)` rows at once; not yet warm.
 
-        Computes nothing, so it may run beside a device that serves.
+        `calibration` are rows of the user's, [N, *shape] for each input, from which int8 takes the
+        ranges of its activations. Nothing else is computed here, so that it may run beside a device
+        that serves.
 
         Raises BackendFailed when the program, the device or the precision is not possible here.
         """

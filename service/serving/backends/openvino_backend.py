@@ -1,15 +1,17 @@
 """OpenVINO on the CPU: measured faster than PyTorch, above all when other processes want the cores.
 
-A batch with at least one row per core is cut into one piece per core, each run by one thread: no
-thread ever waits for another inside the network, which costs nothing on a quiet machine (1.00 times
-the latency at batch 8 on 2 cores) and gains under contention (1.2 to 1.6 times as fast at batch 8
-and 2 there). Fewer rows than cores are run by all cores together.
+A batch with at least one row per core may be cut into one piece per core, each run by one thread:
+no thread ever waits for another inside the network, which costs nothing on a quiet machine (1.00
+times the latency at batch 8 on 2 cores) and gains under contention (1.2 to 1.6 times as fast at
+batch 8 and 2 there). A small network gains nothing from a second thread at all. So the ways are
+measured: every core together, one piece a core, or one thread alone.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from threading import Lock
@@ -22,16 +24,15 @@ from torch.export import Dim, export
 from service.errors import BackendFailed
 from service.graph import Program, ProgramModule
 from service.serving.backends.base import Description, Precision, Prepared
-from service.serving.backends.rows import (
-    checked_sizes,
-    signature,
-    warm_up,
-)
-from service.serving.backends.torch_cpu import cpu_name
+from service.serving.backends.choices import Choices, choice_key
+from service.serving.backends.machine import cpu_name
+from service.serving.backends.quantise import quantised
+from service.serving.backends.rows import checked_sizes, random_rows, signature, warm_up
+from service.serving.backends.torch_cpu import MEASURED_ROWS, THREADS_MARGIN
 
 _EXPORTING = Lock()  # torch.export does not promise to work in two threads at once
 
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
 
 def is_installed() -> bool:
@@ -44,13 +45,22 @@ class OpenVinoBackend:
 
     name = "openvino"
 
+    def __init__(self, choices: Choices | None = None) -> None:
+        self._choices = choices or Choices()
+
     def prepare(
-        self, program: Program, device: str, precision: Precision, batch_sizes: Sequence[int]
+        self,
+        program: Program,
+        device: str,
+        precision: Precision,
+        batch_sizes: Sequence[int],
+        calibration: tuple[Tensor, ...] | None = None,
     ) -> Prepared:
         """Convert and compile `program`; dynamic in the batch axis, so nothing is padded.
 
-        Raises BackendFailed for a device other than `cpu`, a precision other than float32 and
-        bfloat16, or a program that OpenVINO cannot convert.
+        For int8 the network is run in float32 on `calibration` here, a few rows at a time. Raises
+        BackendFailed for a device other than `cpu`, a precision that it does not compute, a program
+        that OpenVINO cannot convert, and int8 without rows to calibrate it.
         """
         if device != "cpu":
             raise BackendFailed(
@@ -59,47 +69,125 @@ class OpenVinoBackend:
             )
         if precision not in PRECISIONS:
             raise BackendFailed(
-                f"{precision} is not computed by the openvino backend; float32 and bfloat16 are.",
+                f"{precision} is not computed by the openvino backend; it has "
+                f"{', '.join(PRECISIONS)}.",
                 remedy="Choose another precision in `config`.",
             )
-        return _OpenVino(program, precision, batch_sizes)
+        return _OpenVino(program, precision, batch_sizes, self._choices, calibration)
 
 
 class _OpenVino:
-    def __init__(self, program: Program, precision: Precision, batch_sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        precision: Precision,
+        batch_sizes: Sequence[int],
+        choices: Choices,
+        calibration: tuple[Tensor, ...] | None,
+    ) -> None:
         rows = signature(program)
         self.inputs, self.outputs = rows.inputs, rows.outputs
         self.batch_sizes = checked_sizes(batch_sizes)
         self._precision = precision
         self._bytes = program.weight_bytes
+        self._choices = choices
         openvino = _openvino()
         self._version = str(openvino.__version__)
-        self._streams = 1
+        self._threads = 1
         self._core = openvino.Core()
         self._model: Any = _converted(program)
+        self._notes: tuple[str, ...] = ()
+        if precision == "int8":
+            self._model, note = quantised(self._model, calibration)
+            self._notes = (note,)
+        self._program: Program | None = program
         self._together: Any = None
         self._apart: list[Any] = []
+        self._few = self._many = "together"
 
     def warm(self) -> Iterator[None]:
-        """Compile for this thread's number of CPU threads, then run every prepared size."""
-        self._streams = torch.get_num_threads()
-        self._together = self._requests("LATENCY", 1)[0]
-        yield
-        if 1 < self._streams <= self.batch_sizes[-1] and self._model is not None:
-            self._apart = self._requests("THROUGHPUT", self._streams)
+        """Compile for this thread's number of CPU threads, choose how to use them, then run every
+        prepared size."""
+        self._threads = torch.get_num_threads()
+        if self._model is not None and self._program is not None:
+            self._together = self._requests("LATENCY", 1)[0]
             yield
-        self._model = None  # compiled: the graph and its copy of the weights are not needed
+            if self._threads > 1:
+                self._apart = self._requests("THROUGHPUT", self._threads)
+                yield
+                yield from self._choose_ways(self._program)
+            self._model = self._program = None  # compiled: the graph and its weights are not needed
         yield from warm_up(self)
 
     def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Outputs for a batch of at most the largest prepared size."""
-        if self._together is None:
+        return self._run(batch, self._few if len(batch[0]) < self._threads else self._many)
+
+    def describe(self) -> Description:
+        how = {
+            "together": f"1 x {self._threads} threads",
+            "apart": f"{self._threads} x 1 thread",
+            "alone": "1 x 1 thread",
+        }
+        few, many = how[self._few], how[self._many]
+        return Description(
+            backend="openvino",
+            backend_version=self._version,
+            device=cpu_name(),
+            place="cpu",
+            precision=self._precision,
+            threads=1 if self._few == self._many == "alone" else self._threads,
+            layout=many if few == many else f"{many}; {few} below {self._threads} rows",
+            batch_sizes=self.batch_sizes,
+            weight_bytes=self._bytes,
+            notes=self._notes,
+        )
+
+    def close(self) -> None:
+        self._model = self._together = self._program = None
+        self._apart = []
+
+    def _choose_ways(self, program: Program) -> Iterator[None]:
+        largest = self.batch_sizes[-1]
+        few = yield from self._way(program, "few", ("alone", "together"), 1)
+        self._few = self._many = few
+        if largest >= self._threads:
+            ways = ("apart", "together", "alone")
+            self._many = yield from self._way(
+                program, "many", ways, max(self._threads, min(MEASURED_ROWS, largest))
+            )
+        used = {self._few, self._many}
+        if "together" not in used:
+            self._together = None
+        if used == {"together"}:
+            self._apart = []
+
+    def _way(
+        self, program: Program, question: str, ways: Sequence[str], rows: int
+    ) -> Generator[None, None, str]:
+        """The fastest of `ways` for that many rows; the first, which waits least, on a draw."""
+        choice = yield from self._choices.choose(
+            choice_key(f"openvino {question}", program, self._threads, self._precision, rows),
+            {way: partial(self._run, way=way) for way in ways},
+            [random_rows(self.inputs, rows)],
+            margin=THREADS_MARGIN,
+        )
+        self._notes += tuple(
+            f"{way} took {share:.2f} of {ways[0]} on {rows} rows"
+            for way, share in choice.relative.items()
+            if way != ways[0]
+        )
+        return choice.name
+
+    def _run(self, batch: tuple[Tensor, ...], way: str) -> tuple[Tensor, ...]:
+        if self._together is None and not self._apart:
             raise BackendFailed("The program is not warm, or was unloaded.")
         rows = [column.contiguous() for column in batch]
-        if not self._apart or len(rows[0]) < self._streams:
-            self._together.infer([column.numpy() for column in rows], share_inputs=True)
-            return self._answers([self._together])
-        cut = [torch.tensor_split(column, self._streams) for column in rows]
+        if way != "apart" or len(rows[0]) < len(self._apart):
+            request = self._together if way == "together" else self._apart[0]
+            request.infer([column.numpy() for column in rows], share_inputs=True)
+            return self._answers([request])
+        cut = [torch.tensor_split(column, len(self._apart)) for column in rows]
         pieces = [[part.numpy() for part in parts] for parts in zip(*cut, strict=True)]
         started: list[Any] = []
         errors: list[Exception] = []
@@ -117,24 +205,6 @@ class _OpenVino:
             raise errors[0]
         return self._answers(self._apart)
 
-    def describe(self) -> Description:
-        layout = f"{self._streams} x 1 thread" if self._apart else f"1 x {self._streams} threads"
-        return Description(
-            backend="openvino",
-            backend_version=self._version,
-            device=cpu_name(),
-            place="cpu",
-            precision=self._precision,
-            threads=self._streams,
-            layout=layout,
-            batch_sizes=self.batch_sizes,
-            weight_bytes=self._bytes,
-        )
-
-    def close(self) -> None:
-        self._model = self._together = None
-        self._apart = []
-
     def _answers(self, requests: Sequence[Any]) -> tuple[Tensor, ...]:
         """The requests' outputs joined by rows; copied, because a request reuses its memory."""
         joined = []
@@ -146,11 +216,11 @@ class _OpenVino:
 
     def _requests(self, mode: str, count: int) -> list[Any]:
         # Said outright, because on some processors OpenVINO's own choice is bfloat16.
-        types = {"float32": _openvino().Type.f32, "bfloat16": _openvino().Type.bf16}
+        bf16 = self._precision == "bfloat16"
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": mode,
-            "INFERENCE_PRECISION_HINT": types[self._precision],
-            "INFERENCE_NUM_THREADS": self._streams,
+            "INFERENCE_PRECISION_HINT": _openvino().Type.bf16 if bf16 else _openvino().Type.f32,
+            "INFERENCE_NUM_THREADS": self._threads,
             "NUM_STREAMS": count,
         }
         compiled = self._core.compile_model(self._model, "CPU", settings)

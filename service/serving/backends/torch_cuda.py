@@ -14,6 +14,7 @@ from torch import Tensor
 from service.errors import BackendFailed
 from service.graph import Program, ProgramModule
 from service.serving.backends.base import Description, Precision
+from service.serving.backends.choices import Choices
 from service.serving.backends.rows import (
     as_outputs,
     checked_sizes,
@@ -45,8 +46,17 @@ class TorchCuda:
     """
 
     def __init__(
-        self, program: Program, device: str, precision: Precision, batch_sizes: Sequence[int]
+        self,
+        program: Program,
+        device: str,
+        precision: Precision,
+        batch_sizes: Sequence[int],
+        choices: Choices | None = None,
     ) -> None:
+        if precision == "int8":
+            raise BackendFailed(
+                "int8 is not computed by PyTorch.", remedy="Choose another precision in `config`."
+            )
         if not torch.cuda.is_available():
             raise BackendFailed("There is no CUDA device here.", remedy="Use the device `cpu`.")
         rows = signature(program)
@@ -57,6 +67,7 @@ class TorchCuda:
         self._dtypes = [computing_dtype(spec, precision) for spec in self.inputs]
         images = any(len(spec.shape) == 3 for spec in self.inputs)
         self._layout = torch.channels_last if images else torch.contiguous_format
+        self._choices = choices or Choices()
         self._threads = torch.get_num_threads()
         self._notes: tuple[str, ...] = ()
         computing = computing_program(program, precision, self._layout)
