@@ -24,7 +24,7 @@ TOLERANCES: Mapping[Precision, float] = {
     "tf32": 1e-2,
     "bfloat16": 5e-2,
     "float16": 1e-2,
-    "int8": 0.3,
+    "int8": 0.15,
 }
 """Largest difference that is certified, in 2-norm over the variation of the output."""
 

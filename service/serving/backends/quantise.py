@@ -42,6 +42,10 @@ def quantised(model: Any, calibration: tuple[Tensor, ...] | None) -> tuple[Any, 
         for start in range(0, rows, STEP_ROWS)
     ]
     nncf: Any = import_module("nncf")
+    # Correcting biases is left out. On two networks trained on digits the fast way made the outputs
+    # six times as wrong as none (0.18 against 0.04 of their variation, top-1 0.94 to 0.99 against
+    # 0.996), and the accurate way, which halves the error, runs the network once for every layer.
+    advanced = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
     logging.getLogger("nncf").setLevel(logging.ERROR)
     console = rich.get_console()  # where its progress bars go
     quiet, console.quiet = console.quiet, True
@@ -51,6 +55,7 @@ def quantised(model: Any, calibration: tuple[Tensor, ...] | None) -> tuple[Any, 
             nncf.Dataset(batches),
             subset_size=len(batches),
             target_device=nncf.TargetDevice.CPU,
+            advanced_parameters=advanced,
         )
     except Exception as error:  # it raises kinds of its own, and RuntimeError from the engine
         raise BackendFailed(f"The network cannot be quantised: {error}") from error
