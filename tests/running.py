@@ -43,6 +43,10 @@ class RunningServer:
         """How many files and sockets the process has open."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def threads(self) -> int:
+        """How many threads the process has."""
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
     def stop(self) -> int:
         """Send SIGTERM and wait; the exit status."""
         if self.process.poll() is None:
