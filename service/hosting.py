@@ -423,6 +423,7 @@ class Host:
             precision=_PRECISIONS[asked.get("precision", "auto")],
             max_batch=self.settings.max_batch,
             calibration=calibration,
+            max_bytes=self.settings.max_activation_bytes,
         )
 
     def _calibration(self, blob: str) -> tuple[Tensor, ...]:

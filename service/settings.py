@@ -251,6 +251,12 @@ class Settings(BaseSettings):
     max_batch: int = _setting(
         32, "rows", "Largest batch that the service prepares and runs at once.", ge=1, le=4096
     )
+    max_activation_bytes: int = _setting(
+        4 * GIB,
+        "bytes",
+        "Most memory for the values inside a network in one run; larger batches are not prepared.",
+        ge=1 * MIB,
+    )
     queue_rows: int = _setting(
         1024, "rows", "Rows that may wait for one model; more answers 429.", ge=1
     )

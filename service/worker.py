@@ -240,6 +240,8 @@ def _inside(scratch: Path, path: str) -> Path:
     resolved = Path(path).resolve()
     if not resolved.is_relative_to(scratch.resolve()):
         raise ConversionCrashed("The conversion named a file outside its folder.")
+    if not resolved.is_file():
+        raise ConversionCrashed("The conversion named a file that is none.")
     return resolved
 
 

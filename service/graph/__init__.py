@@ -1,5 +1,6 @@
 """Programs: what a network is once nobody needs its source code any more."""
 
+from service.graph.memory import peak_bytes
 from service.graph.module import ProgramModule, run
 from service.graph.program import Argument, DType, Node, Program, Ref, TensorSpec
 from service.graph.pt2 import load_pt2
@@ -19,6 +20,7 @@ __all__ = [
     "from_exported",
     "load_program",
     "load_pt2",
+    "peak_bytes",
     "run",
     "save_program",
     "trace",

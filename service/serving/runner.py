@@ -12,8 +12,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from service.errors import NotLoaded
-from service.graph import Program
+from service.errors import LimitExceeded, NotLoaded
+from service.graph import Program, peak_bytes
 from service.serving.backends import (
     Choices,
     Description,
@@ -39,6 +39,8 @@ class LoadOptions:
     computes in. `max_batch` (rows, default 32): the largest batch; powers of two up to it are
     prepared. `calibration` gives rows of the user's, [N, *shape] for each input, and is called off
     the event loop: they set the ranges of int8, and lower precisions are certified on them.
+    `max_bytes` (bytes, default 4 GiB): what the values of one run may take; batches that need more
+    are not prepared, and a program that needs more for one row is refused.
     """
 
     device: str = "auto"
@@ -46,6 +48,7 @@ class LoadOptions:
     precision: Precision = "float32"
     max_batch: int = 32
     calibration: Callable[[], tuple[Tensor, ...]] | None = None
+    max_bytes: int = 4 << 30
 
     @property
     def place(self) -> str:
@@ -131,14 +134,18 @@ async def start_runner(
     The device serves other programs meanwhile and between the steps. Raises what `read` raises, and
     BackendFailed when the program cannot run as `options` ask, and CertificateFailed when what runs
     does not agree with the program.
+    The device serves other programs meanwhile and between the steps. Raises what `read` raises,
+    LimitExceeded when a single row takes more than `options.max_bytes`, and BackendFailed when the
+    program cannot run as `options` ask.
     """
     started = time.monotonic()
     backend = backend_named(options.backend, choices, device.threads)
 
     def prepare() -> Prepared:
-        sizes = powers_of_two(options.max_batch)
+        program = read()
+        sizes = powers_of_two(_largest_batch(program, options))
         own = options.calibration() if options.calibration is not None else None
-        return backend.prepare(read(), device.device, options.precision, sizes, own)
+        return backend.prepare(program, device.device, options.precision, sizes, own)
 
     prepared = await asyncio.to_thread(prepare)
     try:
@@ -148,6 +155,26 @@ async def start_runner(
             device.post(prepared.close)
         raise
     return Runner(key, prepared, device, limits, time.monotonic() - started)
+
+
+def _largest_batch(program: Program, options: LoadOptions) -> int:
+    """`options.max_batch`, halved until a run takes at most `options.max_bytes`.
+
+    Converting tried a few samples in a process with a limit of its own. This process has none, and
+    a network that is harmless for three rows may take ten times as much for 32.
+    """
+    batch = options.max_batch
+    while (need := peak_bytes(program, batch)) > options.max_bytes:
+        if batch == 1:
+            raise LimitExceeded(
+                f"One row takes {need} bytes of values inside the network; "
+                f"max_activation_bytes is {options.max_bytes}.",
+                remedy="Use smaller inputs, or raise FOLDSERVE_MAX_ACTIVATION_BYTES.",
+                limit="max_activation_bytes",
+                value=options.max_bytes,
+            )
+        batch = (batch + 1) // 2
+    return batch
 
 
 async def run_steps(device: DeviceThread, steps: Iterator[None]) -> None:

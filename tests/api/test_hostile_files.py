@@ -32,7 +32,10 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServ
     """A service that gives conversions little time, in a folder beside which nothing may appear."""
     folder = tmp_path_factory.mktemp("hostile") / "service"
     folder.mkdir()
-    limits = {"FOLDSERVE_CONVERSION_SECONDS": str(CONVERSION_SECONDS)}
+    limits = {
+        "FOLDSERVE_CONVERSION_SECONDS": str(CONVERSION_SECONDS),
+        "FOLDSERVE_MAX_ACTIVATION_BYTES": str(4 * _MIB),
+    }
     with running(folder / "data", limits) as server:
         yield server
 
@@ -126,6 +129,19 @@ def test_labels_cannot_mislead(own: httpx.Client, label: str) -> None:
     config = json.dumps({"labels": ["ok", label]})
     answer = own.post("/v1/models/labels/versions", params={"config": config}, content=b"x")
     assert "labels.1" in problem(answer, 422, "unsafe_label")["detail"]
+
+
+def test_a_network_that_would_take_the_services_memory_is_not_loaded(own: httpx.Client) -> None:
+    """Converted in its own process with three samples; here it would run with 32."""
+    config = json.dumps({"input_shape": [3, 512, 512]})
+    answer = own.post(
+        "/v1/models/large/versions",
+        params={"config": config},
+        content=tiny.checkpoint(),
+        headers={"Prefer": "wait=100"},
+    )
+    assert "max_activation_bytes" in problem(answer, 422, "limit_exceeded")["detail"]
+    assert upload(own, "small", tiny.checkpoint()).status_code == 201
 
 
 def kill_conversions(server: RunningServer, http: httpx.Client, times: int, seed: int) -> set[str]:
