@@ -14,6 +14,7 @@ from service import __version__
 from service.commands import keys, show
 from service.commands.local import convert, inspect, pack
 from service.commands.remote import benchmark, models, predict, push
+from service.commands.storage import backup, gc, verify
 
 app = typer.Typer(
     name="foldserve",
@@ -77,7 +78,7 @@ def demo(
     raise typer.Exit(run(keep=keep))
 
 
-for command in (convert, inspect, pack, push, models, predict, benchmark):
+for command in (convert, inspect, pack, push, models, predict, benchmark, verify, gc, backup):
     app.command()(command)
 app.add_typer(keys.app, name="keys")
 

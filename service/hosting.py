@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,9 +30,11 @@ from service.checkpoint.child import ChildLimits
 from service.errors import (
     FoldserveError,
     InvalidConfig,
+    ModelNotFound,
     ModelUnloaded,
     NotLoaded,
     NotServable,
+    VersionNotFound,
     VersionNotReady,
 )
 from service.graph import Program, load_program
@@ -51,7 +54,7 @@ from service.serving import (
     random_rows,
 )
 from service.settings import Settings
-from service.store import BlobStore, Catalog, ModelRecord, State, VersionRecord
+from service.store import BlobStore, Catalog, State, VersionRecord
 from service.worker import WorkerLimits
 
 T = TypeVar("T")
@@ -65,7 +68,6 @@ _PRECISIONS: Mapping[str, Precision] = {
     "float16": "float16",
     "int8": "int8",
 }
-_PAGE = 500
 CALIBRATION = "calibration"
 """Kind of the artifact that holds a version's calibration inputs."""
 
@@ -127,6 +129,7 @@ def worker_limits(settings: Settings) -> WorkerLimits:
     return WorkerLimits(
         poll_seconds=settings.conversion_poll_seconds,
         attempts=settings.conversion_attempts,
+        stale_seconds=settings.conversion_stale_seconds,
         read=ReadLimits(file_bytes=settings.max_upload_bytes, **reader),
         child=ChildLimits(
             seconds=settings.conversion_seconds,
@@ -195,6 +198,7 @@ class Host:
         self._tasks: list[asyncio.Task[None]] = []
         self._loading: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._measuring = asyncio.Lock()
+        self._following: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     # ---- life ---------------------------------------------------------------------------
 
@@ -207,6 +211,7 @@ class Host:
         self._tasks = [
             asyncio.create_task(self._load_defaults()),
             asyncio.create_task(self._unload_idle()),
+            asyncio.create_task(self._keep_up()),
         ]
 
     async def close(self) -> None:
@@ -217,16 +222,41 @@ class Host:
         await self.models.close()
 
     async def _load_defaults(self) -> None:
-        cursor: str | None = None
+        for model in await asyncio.to_thread(self.catalog.defaults):
+            with contextlib.suppress(FoldserveError):  # kept in `failures`
+                await self.follow(model)
+        self.started = True
+
+    async def _keep_up(self) -> None:
+        """Follow what other services on the same catalog change."""
         while True:
-            page = await asyncio.to_thread(self.catalog.list_models, cursor, _PAGE)
-            for model in page.items:
+            await asyncio.sleep(self.settings.follow_seconds)
+            if not self.started:
+                continue
+            try:
+                await self._catch_up()
+            except FoldserveError as error:
+                log.warning("could_not_follow", detail=error.detail)
+            except Exception:
+                log.exception("could_not_follow")
+
+    async def _catch_up(self) -> None:
+        here = [*self._hosted, *self.failures]  # first: what is here by now, the catalog knows
+        defaults = await asyncio.to_thread(self.catalog.defaults)
+        for model, wanted in defaults.items():
+            known_to_fail = wanted is not None and (model, wanted) in self.failures
+            left_out = known_to_fail or model in self._unloaded
+            if wanted != self._default.get(model) and not left_out:
                 with contextlib.suppress(FoldserveError):  # kept in `failures`
                     await self.follow(model)
-            cursor = page.next_cursor
-            if cursor is None:
-                break
-        self.started = True
+        for model, version in here:
+            if model not in defaults:
+                await self.forget(model)
+            elif version != self._default.get(model):
+                try:
+                    await asyncio.to_thread(self.catalog.get_version, model, version)
+                except (ModelNotFound, VersionNotFound):
+                    await self.forget(model, version)
 
     async def _unload_idle(self) -> None:
         limit = self.settings.idle_unload_seconds
@@ -240,23 +270,26 @@ class Host:
 
     # ---- loading ------------------------------------------------------------------------
 
-    async def follow(self, model: ModelRecord) -> None:
+    async def follow(self, model: str) -> None:
         """Make the model's default answer: load it if need be, flip, unload the one before.
 
-        Raises what loading raises; then the version before keeps answering. A model that was
-        taken out of serving stays out.
+        One at a time for a model, and the catalog is read in turn: the last change wins. Raises
+        ModelNotFound or what loading raises; then the version before keeps answering. A model that
+        was taken out of serving stays out.
         """
-        if model.name in self._unloaded:
-            return
-        wanted, before = model.default_version, self._default.get(model.name)
-        if wanted is None:
-            self._default.pop(model.name, None)
-            return
-        await self.ensure(model.name, wanted)
-        self._default[model.name] = wanted
-        self.models.activate(model.name, wanted)
-        if before is not None and before != wanted:
-            await self._unload(model.name, before)
+        async with self._following[model]:
+            if model in self._unloaded:
+                return
+            record = await asyncio.to_thread(self.catalog.get_model, model)
+            wanted, before = record.default_version, self._default.get(model)
+            if wanted is None:
+                self._default.pop(model, None)
+                return
+            await self.ensure(model, wanted)
+            self._default[model] = wanted
+            self.models.activate(model, wanted)
+            if before is not None and before != wanted:
+                await self._unload(model, before)
 
     def hosted(self, model: str, version: int | None) -> Hosted | None:
         """A version that is loaded, None asking for the default; None when it is not loaded."""
@@ -306,7 +339,7 @@ class Host:
         was_unloaded = self.is_unloaded(model)
         self._unloaded.discard(model)
         try:
-            await self.follow(record)
+            await self.follow(model)
         except BaseException:
             if was_unloaded:
                 self._unloaded.add(model)
@@ -468,7 +501,7 @@ class Host:
         """Let the model's default answer; that is this version unless the default is pinned."""
         self.describe_anew(version)  # as it was changed during the conversion
         try:
-            self._on_loop(self.follow(self.catalog.get_model(version.model)))
+            self._on_loop(self.follow(version.model))
         except FoldserveError as error:  # deleted meanwhile: there is nothing to let answer
             log.info("follow_failed", model=version.model, detail=error.detail)
             self._on_loop(self.forget(version.model, version.version))

@@ -222,6 +222,12 @@ class Settings(BaseSettings):
     conversion_attempts: int = _setting(
         2, "attempts", "Times a conversion that the service's end interrupted is taken up.", ge=1
     )
+    conversion_stale_seconds: float = _setting(
+        60.0,
+        "s",
+        "A conversion without a sign of life for this long is taken from its (dead) service.",
+        gt=0,
+    )
     conversion_threads: int = _setting(
         1, "threads", "CPU threads of a conversion, so that it does not starve serving.", ge=1
     )
@@ -281,6 +287,9 @@ class Settings(BaseSettings):
     )
     decode_threads: int = _setting(2, "threads", "Threads that decode images.", ge=1)
     top_k: int = _setting(5, "labels", "Labels in an answer that does not ask with `top_k`.", ge=1)
+    follow_seconds: float = _setting(
+        2.0, "s", "How often a service looks for what others changed in a shared catalog.", gt=0
+    )
     idle_unload_seconds: float = _setting(
         600.0, "s", "Training forms and versions that are no default are unloaded after this.", gt=0
     )
@@ -368,6 +377,11 @@ class Settings(BaseSettings):
     def effective_blob_url(self) -> str:
         """`blob_url`, or a folder inside `data_dir`."""
         return self.blob_url or str((self.data_dir / "blobs").absolute())
+
+    @property
+    def blob_cache_dir(self) -> Path:
+        """Folder for uploads under way, and for copies of remote blobs."""
+        return self.data_dir / "blobs"
 
     @property
     def scratch_dir(self) -> Path:

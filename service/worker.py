@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +25,19 @@ from service import pipeline
 from service.checkpoint import ReadLimits
 from service.checkpoint.child import ChildLimits, run_sandboxed, sandbox_features
 from service.checkpoint.launch import start_fork_server
-from service.errors import ConversionCrashed, FoldserveError, StoreError
+from service.errors import (
+    Conflict,
+    ConversionCrashed,
+    FoldserveError,
+    ModelNotFound,
+    StoreError,
+    VersionNotFound,
+)
 from service.networks import ModelConfig
 from service.serving import Tallied, Tally
 from service.store import BlobStore, Catalog, VersionRecord
+from service.store.files import io_errors
+from service.store.leases import Lease, dead_workers, remove
 
 log = structlog.get_logger(__name__)
 
@@ -61,10 +71,15 @@ class Hooks(Protocol):
 
 @dataclass(frozen=True)
 class WorkerLimits:
-    """How the worker works: seconds between looks at an empty queue, and limits of a conversion."""
+    """How the worker works: seconds between looks at an empty queue, and limits of a conversion.
+
+    A conversion without a sign of life for `stale_seconds` is taken from its worker; a living one
+    gives four in that time.
+    """
 
     poll_seconds: float
     attempts: int
+    stale_seconds: float
     read: ReadLimits
     child: ChildLimits
 
@@ -85,31 +100,50 @@ class Worker:
         self._durations = {result: Tally(_DURATION_SECONDS) for result in RESULTS}
         self._wake = threading.Event()
         self._stopping = threading.Event()
+        self._cancel = threading.Event()  # of the conversion under way
+        self._unsettled = False  # a version may be converting in the catalog and is not here
+        self._looked = 0.0  # when the conversions of others were looked at
+        self._lease: Lease | None = None
         self._thread = threading.Thread(target=self._run, name="foldserve-worker", daemon=True)
 
     def start(self) -> None:
-        """Take up what an earlier process left behind, then begin."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True, exist_ok=True)
+        """Take up what dead processes of this machine left behind, then begin."""
         start_fork_server((__name__,))
-        for version in self.catalog.recover_interrupted(self.limits.attempts):
+        dead = dead_workers(self.scratch.absolute())
+        self._lease = Lease(self.scratch.absolute(), self.name)
+        self._recover(dead)
+        remove(self.scratch, dead)
+        self._thread.start()
+
+    def _recover(self, dead: tuple[str, ...] = ()) -> None:
+        """Queue again, or give up, what others left converting (and these workers in any case)."""
+        self._looked = time.monotonic()
+        for version in self.catalog.recover_interrupted(
+            self.limits.attempts, stale_seconds=self.limits.stale_seconds, dead=dead
+        ):
             log.info(
                 "conversion_recovered",
                 model=version.model,
                 version=version.version,
                 state=version.state.value,
             )
-        self._thread.start()
 
     def wake(self) -> None:
         """Look at the queue now."""
         self._wake.set()
 
-    def stop(self, timeout: float) -> None:
-        """Give up the running conversion (it is taken up at the next start) and end the thread."""
+    def give_up(self) -> None:
+        """Begin to stop: claim nothing more, and put the running conversion back in the queue."""
         self._stopping.set()
+        self._cancel.set()
         self._wake.set()
+
+    def stop(self, timeout: float) -> None:
+        """`give_up`, then wait for the end of the thread."""
+        self.give_up()
         self._thread.join(timeout)
+        if self._lease is not None and not self._thread.is_alive():
+            self._lease.close()
 
     @property
     def alive(self) -> bool:
@@ -136,18 +170,32 @@ class Worker:
 
     def run_once(self) -> bool:
         """Convert the oldest queued version; False when there is none."""
+        if self._unsettled:
+            self._recover((self.name,))
+        elif time.monotonic() - self._looked > self.limits.stale_seconds / 4:
+            self._recover()
+        self._unsettled = True
         version = self.catalog.claim_next(self.name)
         if version is None:
+            self._unsettled = False
             return False
-        scratch = self.scratch / uuid.uuid4().hex
-        scratch.mkdir(parents=True)
+        self._cancel = threading.Event()
+        if self._stopping.is_set():
+            self._cancel.set()
+        scratch = self.scratch / self.name / uuid.uuid4().hex
         started = time.perf_counter()
         result = "ready"
         try:
-            self._walk(version, scratch)
+            with io_errors("make a scratch folder"):
+                scratch.mkdir(parents=True)
+            with self._showing_life(version):
+                self._walk(version, scratch)
+            self._unsettled = False
         except FoldserveError as error:
             result = "interrupted" if self._stopping.is_set() else "rejected"
-            if not self._stopping.is_set():
+            if self._stopping.is_set():
+                self._release(version)
+            else:
                 self._reject(version, error)
         except Exception as error:
             result = "rejected"
@@ -175,7 +223,7 @@ class Worker:
             scratch=scratch,
             readable=(source,),
             on_progress=self._progress(version),
-            cancel=self._stopping,
+            cancel=self._cancel,
         )
         conversion = pipeline.Conversion(**result)
         self._tell(version, "store")
@@ -193,6 +241,7 @@ class Worker:
                 artifacts=artifacts,
                 servable="deploy_program" in artifacts,
                 worker=self.name,
+                present=self.blobs.exists,
             )
         except FoldserveError:
             self.hooks.abandoned(version)
@@ -229,10 +278,45 @@ class Worker:
             code=error.code(),
             detail=error.detail,
         )
-        try:
+        with self._settling(version):
             self.catalog.reject(version.model, version.version, error.to_dict(), worker=self.name)
-        except StoreError:
+
+    def _release(self, version: VersionRecord) -> None:
+        log.info("conversion_released", model=version.model, version=version.version)
+        with self._settling(version):
+            self.catalog.release(version.model, version.version, worker=self.name)
+
+    @contextmanager
+    def _settling(self, version: VersionRecord) -> Iterator[None]:
+        """Store an outcome. A catalog that cannot take it now is asked again in the next round."""
+        try:
+            yield
+        except (ModelNotFound, VersionNotFound, Conflict):
             log.info("version_gone", model=version.model, version=version.version)
+        self._unsettled = False
+
+    @contextmanager
+    def _showing_life(self, version: VersionRecord) -> Iterator[None]:
+        """Tell the catalog again and again that the conversion goes on; end it if it was lost."""
+        done = threading.Event()
+
+        def tell() -> None:
+            while not done.wait(self.limits.stale_seconds / 4):
+                try:
+                    self.catalog.show_life(version.model, version.version, worker=self.name)
+                except (ModelNotFound, VersionNotFound, Conflict):
+                    self._cancel.set()
+                    return
+                except StoreError as error:
+                    log.warning("no_sign_of_life", detail=error.detail)
+
+        thread = threading.Thread(target=tell, name="foldserve-life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 def _inside(scratch: Path, path: str) -> Path:

@@ -38,6 +38,7 @@ from service.provision import Provision, provision
 from service.serving import BatchLimits, Choices, ModelSet, ModelSetLimits
 from service.settings import Settings
 from service.store import BlobStore, Catalog
+from service.store.files import make_folder
 from service.worker import Worker
 
 DESCRIPTION = """
@@ -106,9 +107,9 @@ async def _opened(
 ) -> AsyncIterator[Service]:
     """Open store, catalog, models and worker; close them in the opposite order."""
     async with AsyncExitStack() as stack:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        await run_in_threadpool(make_folder, settings.data_dir.absolute())
         blobs = await run_in_threadpool(
-            BlobStore, settings.effective_blob_url, local_dir=settings.data_dir / "blobs"
+            BlobStore, settings.effective_blob_url, local_dir=settings.blob_cache_dir
         )
         await run_in_threadpool(blobs.sweep_temporary)
         catalog = await run_in_threadpool(Catalog, settings.effective_database_url)

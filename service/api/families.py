@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from prometheus_client.core import (
@@ -82,6 +82,13 @@ def of_versions(counts: dict[str, int]) -> Iterator[Metric]:
     for state, count in counts.items():
         versions.add_metric([state], count)
     yield versions
+
+
+def of_store(damaged: Mapping[str, str]) -> Iterator[Metric]:
+    """How many blobs were found damaged."""
+    found = GaugeMetricFamily("foldserve_damaged_blobs", "Blobs found damaged since the start.")
+    found.add_metric([], len(damaged))
+    yield found
 
 
 def of_devices() -> Iterator[Metric]:

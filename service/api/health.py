@@ -15,7 +15,7 @@ from service.api.benchmark import saving
 from service.api.encoding import json_bytes
 from service.api.schemas import Alive, HealthAnswer
 from service.api.state import Here, Service, in_thread
-from service.errors import StoreError
+from service.errors import FoldserveError, StoreError
 from service.serving import LoadedModel
 
 router = APIRouter(tags=["health"])
@@ -58,7 +58,9 @@ async def overview(service: Service) -> dict[str, Any]:
     checks, counts = await in_thread(_checks, service)
     loading = not service.host.started or await in_thread(_provisioning, service)
     models = await in_thread(_models, service, loaded)
-    healthy = all(checks.values()) and not service.host.failures and not loading
+    damaged = await in_thread(_damaged, service)
+    failures = service.host.failures
+    healthy = all(checks.values()) and not failures and not damaged and not loading
     return {
         "status": "draining" if service.draining else "ok" if healthy else "degraded",
         "version": __version__,
@@ -68,8 +70,9 @@ async def overview(service: Service) -> dict[str, Any]:
         "models": models,
         "failures": [
             {"model": model, "version": version, "code": error.code(), "detail": error.detail}
-            for (model, version), error in sorted(service.host.failures.items())
+            for (model, version), error in sorted(failures.items())
         ],
+        "damaged_blobs": damaged,
         "weight_bytes": service.host.models.weight_bytes,
         "checks": checks,
         "sandbox": service.worker.sandbox,
@@ -96,6 +99,22 @@ def _provisioning(service: Service) -> bool:
         if final:
             service.provisioning.discard((model, version))
     return bool(service.provisioning)
+
+
+def _damaged(service: Service) -> list[dict[str, Any]]:
+    """Blobs that were found missing or altered, as far as some version needs them."""
+    damaged = service.blobs.damaged
+    if not damaged:
+        return []
+    try:
+        needed = service.catalog.references()
+    except FoldserveError:  # `checks` says so
+        needed = {}
+    return [
+        {"sha256": sha256, "detail": sentence, "needed_by": list(needed[sha256])}
+        for sha256, sentence in sorted(damaged.items())
+        if sha256 in needed
+    ]
 
 
 def _models(service: Service, loaded: tuple[LoadedModel, ...]) -> list[dict[str, Any]]:
@@ -138,6 +157,7 @@ def watched(service: Service) -> Iterator[Metric]:
     yield from families.of_conversions(service.worker.conversions())
     yield from families.of_versions(_checks(service)[1])
     yield from families.of_devices()
+    yield from families.of_store(service.blobs.damaged)
 
 
 @router.get(

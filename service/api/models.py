@@ -113,7 +113,7 @@ async def set_default(name: ModelName, choice: DefaultRequest, service: Here) ->
         if record.state.final and record.error is None:
             await service.host.ensure(name, choice.version)
     model = await in_thread(service.catalog.set_default, name, choice.version)
-    await service.host.follow(model)
+    await service.host.follow(name)
     return model_resource(model)
 
 
@@ -126,8 +126,7 @@ async def set_default(name: ModelName, choice: DefaultRequest, service: Here) ->
 async def delete_version(name: ModelName, version: VersionNumber, service: Here) -> Response:
     """Forget a version; if it was the default, the newest ready one left takes its place."""
     await in_thread(service.catalog.delete_version, name, version)
-    model = await in_thread(service.catalog.get_model, name)
-    await service.host.follow(model)
+    await service.host.follow(name)
     await service.host.forget(name, version)
     return Response(status_code=204)
 

@@ -237,6 +237,9 @@ class HealthAnswer(Answer):
         description="Per served model: its version, how it runs, and the latency saving measured."
     )
     failures: list[dict[str, Any]] = Field(description="Versions that could not be loaded.")
+    damaged_blobs: list[dict[str, Any]] = Field(
+        description="Blobs that versions need and that were found missing or altered."
+    )
     weight_bytes: int = Field(description="Bytes of the weights of everything loaded.")
     checks: dict[str, bool]
     sandbox: dict[str, bool] | None = Field(

@@ -128,6 +128,7 @@ async def upload(
         received.filename,
         checked,
         {} if received.calibration is None else {CALIBRATION: received.calibration.sha256},
+        present=service.blobs.exists,
     )
     service.worker.wake()
     seconds = _wait_seconds(prefer, service)

@@ -49,6 +49,6 @@ def exported_artifact(
         made = blobs.put_file(export_file(bundle, kind, folder, limits, cancel))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    catalog.add_artifact(model, version, kind.artifact, made.sha256)
+    catalog.add_artifact(model, version, kind.artifact, made.sha256, present=blobs.exists)
     log.info("exported", model=model, version=version, format=name, bytes=made.size)
     return made.sha256

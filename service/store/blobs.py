@@ -5,7 +5,8 @@
 
 On a local folder a blob is published by: check length and hash, fsync the file, rename it, fsync
 the folder. A writer that dies leaves only a temporary file, whose lock dies with it, so
-`sweep_temporary` can tell dead from living at any time, beside other processes too.
+`sweep_temporary` can tell dead from living at any time, beside other processes too. Publishing and
+collecting exclude each other by a flock on `objects`: no collector takes what was just put again.
 
 Any other URL that obstore knows (`s3://bucket/prefix`, `memory:///`) holds the same tree. Uploads
 are then collected in a local folder first, because the name is only known at the last byte, and
@@ -14,13 +15,11 @@ put with one create call, which those stores make atomic themselves.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
 import re
 import stat
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,13 +31,13 @@ from typing import BinaryIO, Self
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from service.errors import BlobCorrupt, FoldserveError, StorageFull, StoreError, UploadTooLarge
+from service.errors import BlobCorrupt, StoreError, UploadTooLarge
+from service.store.files import fsync_folder, io_errors, make_folder, temporary_file
 
 CHUNK_BYTES = 1 << 20
 """Bytes read or written at once; memory stays within a few of these whatever the blob's size."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,22 @@ class BlobStore:
             self._root = work = Path(text.removeprefix("file://")).absolute()
             self._cache = None
         self._temporary = work / "temporary"
-        with _io_errors(f"open the blob store at {work}"):
-            self._temporary.mkdir(parents=True, exist_ok=True)
+        self._damaged: dict[str, str] = {}
+        with io_errors(f"open the blob store at {work}"):
+            make_folder(self._temporary)
             if self._cache is not None:
-                self._cache.mkdir(parents=True, exist_ok=True)
+                make_folder(self._cache)
             if self._root is not None:
-                (self._root / "objects").mkdir(exist_ok=True)
+                make_folder(self._root / "objects")
                 self._store = LocalStore(self._root)
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """What was found wrong since this store was opened: a sentence for each sha256.
+
+        A blob leaves the list when it is found whole, put again, or deleted.
+        """
+        return dict(self._damaged)
 
     def writer(self, *, max_bytes: int | None = None) -> BlobWriter:
         """A streaming writer; beyond `max_bytes` its `write` raises UploadTooLarge."""
@@ -97,7 +105,7 @@ class BlobStore:
         Only a plain file: a link is not followed and a pipe not waited for, because the file may
         come from a process that is not trusted. Raises StoreError or StorageFull.
         """
-        with _io_errors(f"read {path.name}"):
+        with io_errors(f"read {path.name}"):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as source, self.writer() as writer:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -119,7 +127,7 @@ class BlobStore:
         try:
             return obstore.head(self._store, _key(sha256))["size"]
         except FileNotFoundError:
-            raise _missing(sha256) from None
+            raise self._missing(sha256) from None
 
     def read_chunks(self, sha256: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """The blob's bytes in pieces of at least `chunk_bytes` (the last may be shorter).
@@ -130,7 +138,7 @@ class BlobStore:
         try:
             found = obstore.get(self._store, _key(sha256))
         except FileNotFoundError:
-            raise _missing(sha256) from None
+            raise self._missing(sha256) from None
         return (bytes(chunk) for chunk in found.stream(min_chunk_size=chunk_bytes))
 
     def open_path(self, sha256: str, *, verify: bool = True) -> Path:
@@ -143,7 +151,7 @@ class BlobStore:
         if self._root is not None:
             path = self._root / key
             if not path.is_file():
-                raise _missing(sha256)
+                raise self._missing(sha256)
         else:
             assert self._cache is not None
             path = self._cache / sha256
@@ -152,12 +160,12 @@ class BlobStore:
                 return path
         if verify:
             with open(path, "rb") as file:
-                _check(sha256, iter(lambda: file.read(CHUNK_BYTES), b""))
+                self._check(sha256, iter(lambda: file.read(CHUNK_BYTES), b""))
         return path
 
     def verify(self, sha256: str) -> None:
         """Read the whole blob and compare its hash. Raises BlobCorrupt when it differs."""
-        _check(sha256, self.read_chunks(sha256))
+        self._check(sha256, self.read_chunks(sha256))
 
     def delete(self, sha256: str) -> bool:
         """Remove the blob; True when it was there. Deleting an absent blob is no error."""
@@ -166,7 +174,18 @@ class BlobStore:
             obstore.delete(self._store, _key(sha256))
         if self._cache is not None:
             (self._cache / sha256).unlink(missing_ok=True)
+        self._damaged.pop(sha256, None)
         return there
+
+    def collect(self, sha256: str, put_before: datetime) -> bool:
+        """`delete`, but only if the blob was last put before that moment; True when it went."""
+        with self._folder_lock(fcntl.LOCK_EX):
+            try:
+                if obstore.head(self._store, _key(sha256))["last_modified"] >= put_before:
+                    return False
+            except FileNotFoundError:
+                return False
+            return self.delete(sha256)
 
     def blobs(self) -> Iterator[BlobInfo]:
         """Every published blob, in no particular order."""
@@ -175,6 +194,10 @@ class BlobStore:
                 name = meta["path"].rsplit("/", 1)[-1]
                 if _SHA256.fullmatch(name):
                     yield BlobInfo(name, meta["size"], meta["last_modified"])
+
+    def temporary_files(self) -> int:
+        """How many files are being written now, or were left by writers that died."""
+        return sum(1 for _ in self._temporary.iterdir())
 
     def sweep_temporary(self) -> int:
         """Remove the temporary files that no living writer holds; returns how many."""
@@ -192,8 +215,8 @@ class BlobStore:
     def _fetch(self, sha256: str, path: Path) -> None:
         """Bring a remote blob into the cache, whole and checked."""
         chunks = self.read_chunks(sha256)
-        with _io_errors("write to the cache"), _temporary_file(self._temporary) as (file, name):
-            _check(sha256, _tee(chunks, file))
+        with io_errors("write to the cache"), temporary_file(self._temporary) as (file, name):
+            self._check(sha256, _tee(chunks, file))
             file.flush()
             os.replace(name, path)
 
@@ -209,14 +232,46 @@ class BlobStore:
             if (stored := self.size(ref.sha256)) != ref.size:
                 raise BlobCorrupt(f"{stored} bytes of {ref.size} reached the store.")
             temporary.unlink()
+            self._damaged.pop(ref.sha256, None)
             return
         os.fsync(file.fileno())
         final = self._root / key
-        if not final.parent.is_dir():
-            final.parent.mkdir(exist_ok=True)
-            _fsync_folder(final.parent.parent)
-        os.replace(temporary, final)
-        _fsync_folder(final.parent)
+        # Alone while the folder is new, or a second writer could use it before it is durable.
+        with self._folder_lock(fcntl.LOCK_SH if final.parent.is_dir() else fcntl.LOCK_EX):
+            make_folder(final.parent)
+            os.replace(temporary, final)
+        fsync_folder(final.parent)
+        self._damaged.pop(ref.sha256, None)
+
+    @contextmanager
+    def _folder_lock(self, kind: int) -> Iterator[None]:
+        """Hold the flock on `objects`; nothing where the store is not local."""
+        if self._root is None:
+            yield
+            return
+        descriptor = os.open(self._root / "objects", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, kind)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _check(self, sha256: str, chunks: Iterator[bytes]) -> None:
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            digest.update(chunk)
+        if digest.hexdigest() != sha256:
+            raise self._found_damaged(
+                sha256, f"The bytes of blob {sha256} hash to {digest.hexdigest()}."
+            )
+        self._damaged.pop(sha256, None)
+
+    def _missing(self, sha256: str) -> BlobCorrupt:
+        return self._found_damaged(sha256, f"The store does not hold the blob {sha256}.")
+
+    def _found_damaged(self, sha256: str, sentence: str) -> BlobCorrupt:
+        self._damaged[sha256] = sentence
+        return BlobCorrupt(sentence, sha256=sha256)
 
 
 class BlobWriter:
@@ -231,8 +286,8 @@ class BlobWriter:
         self._max_bytes = max_bytes
         self._hash = hashlib.sha256()
         self._size = 0
-        self._open = _temporary_file(store._temporary)
-        with _io_errors("create a temporary file"):
+        self._open = temporary_file(store._temporary)
+        with io_errors("create a temporary file"):
             self._file, self._path = self._open.__enter__()
         self._done = False
 
@@ -251,7 +306,7 @@ class BlobWriter:
                 raise UploadTooLarge(
                     f"The upload is larger than {self._max_bytes} bytes.", limit=self._max_bytes
                 )
-            with _io_errors("write the upload"):
+            with io_errors("write the upload"):
                 self._file.write(data)
             self._hash.update(data)
             self._size = total
@@ -271,7 +326,7 @@ class BlobWriter:
             raise StoreError("The writer is already closed.")
         ref = BlobRef(self._hash.hexdigest(), self._size)
         try:
-            with _io_errors("publish the blob"):
+            with io_errors("publish the blob"):
                 self._file.flush()
                 on_disk = os.fstat(self._file.fileno()).st_size
                 if on_disk != ref.size or expected_size not in (None, ref.size):
@@ -306,67 +361,13 @@ class BlobWriter:
         self.abort()
 
 
-@contextmanager
-def _temporary_file(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """An open, locked, randomly named file that is gone afterwards unless it was renamed."""
-    while True:
-        path = folder / uuid.uuid4().hex
-        file = open(path, "xb", buffering=CHUNK_BYTES)  # noqa: SIM115  closed below
-        fcntl.flock(file, fcntl.LOCK_EX)
-        # A sweep may have taken the file between its creation and our lock: then make another.
-        if os.fstat(file.fileno()).st_nlink:
-            break
-        file.close()
-    try:
-        yield file, path
-    finally:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # a full disk shows again at the flush that closing does
-            file.close()
-
-
-@contextmanager
-def _io_errors(action: str) -> Iterator[None]:
-    """Turn operating-system errors into the store's own."""
-    try:
-        yield
-    except FoldserveError:
-        raise
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StorageFull(f"Could not {action}: {error.strerror}.") from error
-        raise StoreError(f"Could not {action}: {error}.") from error
-
-
 def _key(sha256: str) -> str:
     if _SHA256.fullmatch(sha256) is None:
         raise ValueError(f"not a sha256 in lower-case hex: {sha256!r}")
     return f"objects/{sha256[:2]}/{sha256}"
 
 
-def _missing(sha256: str) -> BlobCorrupt:
-    return BlobCorrupt(f"The store does not hold the blob {sha256}.", sha256=sha256)
-
-
-def _check(sha256: str, chunks: Iterator[bytes]) -> None:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    if digest.hexdigest() != sha256:
-        raise BlobCorrupt(
-            f"The bytes of blob {sha256} hash to {digest.hexdigest()}.", sha256=sha256
-        )
-
-
 def _tee(chunks: Iterator[bytes], file: BinaryIO) -> Iterator[bytes]:
     for chunk in chunks:
         file.write(chunk)
         yield chunk
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,11 +8,12 @@ share one database. Methods answer frozen records and raise errors of `StoreErro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import delete, func, select, union, update
+from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -24,7 +25,7 @@ from service.errors import (
     StorageFull,
     StoreError,
 )
-from service.store import jobs
+from service.store import jobs, references
 from service.store.database import open_engine, writing
 from service.store.keys import KeyTable
 from service.store.names import check_model_name, clean_filename
@@ -79,6 +80,13 @@ class Catalog:
             items = tuple(ModelRecord.of(row) for row in rows[: _limit(limit)])
         return Page(items, items[-1].name if len(rows) > len(items) else None)
 
+    def defaults(self) -> dict[str, int | None]:
+        """The default version of every model."""
+        query = select(ModelRow.name, ModelRow.default_version).where(~ModelRow.deleted)
+        with self._reads() as session:
+            rows = session.execute(query.order_by(ModelRow.name)).all()
+        return {row.name: row.default_version for row in rows}
+
     def set_default(self, model: str, version: int | None) -> ModelRecord:
         """Pin the default to a ready version, or with None unpin it: the newest ready serves.
 
@@ -120,18 +128,22 @@ class Catalog:
         filename: str | None,
         config: Json,
         artifacts: Mapping[str, str] | None = None,
+        *,
+        present: references.Present | None = None,
     ) -> VersionRecord:
         """Queue an uploaded checkpoint as the model's next version; makes the model if need be.
 
         `sha256` and `size` (bytes) are those of its blob; `filename` is for display only and is
         cleaned; `artifacts` maps the kinds of what came with it to their blobs. Concurrent callers
-        get different numbers. Raises NameInvalid.
+        get different numbers. `present` tells whether a blob is in the store; it is asked where no
+        collector can come in between. Raises NameInvalid, or Conflict when a blob is gone.
         """
         check_model_name(model)
         if _SHA256.fullmatch(sha256) is None or size < 0:
             raise ValueError("create_version needs the sha256 and size of a blob")
         self._ensure_model(model)
         with self._writes() as session:
+            references.add(session, [sha256, *(artifacts or {}).values()], present)
             counted = (
                 update(ModelRow)
                 .where(ModelRow.name == model)
@@ -236,14 +248,17 @@ class Catalog:
         artifacts: Mapping[str, str],
         servable: bool = True,
         worker: str | None = None,
+        present: references.Present | None = None,
     ) -> VersionRecord:
         """Make a converted version ready; `artifacts` maps kinds to the sha256 of their blobs.
 
         It becomes the model's default too, unless the default is pinned or a newer version, or it
-        is not `servable`: converted for download only.
-        Raises VersionNotFound, or Conflict when it is not converting (by `worker`, if named).
+        is not `servable`: converted for download only. `present` is that of `create_version`.
+        Raises VersionNotFound, or Conflict when it is not converting (by `worker`, if named) or
+        when a blob is not there any more.
         """
         with self._writes() as session:
+            references.add(session, artifacts.values(), present)
             # The model first, as every method locks them: two orders could deadlock.
             session.execute(select(ModelRow.id).where(ModelRow.name == model).with_for_update())
             row = jobs.find_version(session, model, version, lock=True)
@@ -273,25 +288,52 @@ class Catalog:
             jobs.reject(session, row, error)
             return VersionRecord.of(row)
 
+    def show_life(self, model: str, version: int, *, worker: str) -> None:
+        """The worker is still at it. Raises as `set_progress` does."""
+        with self._writes() as session:
+            row = jobs.find_version(session, model, version, lock=True)
+            jobs.require_converting(row, worker)
+            row.updated_at = utc_now()
+
+    def release(self, model: str, version: int, *, worker: str) -> None:
+        """Put a claimed version back in the queue; the attempt does not count.
+
+        Raises VersionNotFound, or Conflict when the worker does not hold it.
+        """
+        with self._writes() as session:
+            row = jobs.find_version(session, model, version, lock=True)
+            jobs.require_converting(row, worker)
+            jobs.release(session, row)
+
     def recover_interrupted(
-        self, max_attempts: int = 2, *, stale_seconds: float = 0.0
+        self, max_attempts: int = 2, *, stale_seconds: float = 0.0, dead: Collection[str] = ()
     ) -> tuple[VersionRecord, ...]:
-        """After a start: queue versions left converting again, or reject them as interrupted.
+        """Queue versions left converting again, or reject them as interrupted.
 
         A version is rejected (`conversion_interrupted`) once it was tried `max_attempts` times.
-        With several services on one database give `stale_seconds`, so that only conversions
-        without a sign of life for that long are taken up. Returns the versions it changed.
+        Taken up are the conversions without a sign of life for `stale_seconds`, and those of the
+        workers that are known to be `dead`. Returns the versions it changed.
         """
         with self._writes() as session:
-            rows = jobs.recover(session, max_attempts, stale_seconds)
+            rows = jobs.recover(session, max_attempts, stale_seconds, dead)
             return tuple(VersionRecord.of(row) for row in rows)
 
-    def add_artifact(self, model: str, version: int, kind: str, sha256: str) -> VersionRecord:
+    def add_artifact(
+        self,
+        model: str,
+        version: int,
+        kind: str,
+        sha256: str,
+        *,
+        present: references.Present | None = None,
+    ) -> VersionRecord:
         """Record a further file of a ready version, in the place of one of the same kind.
 
-        Raises VersionNotFound when it was deleted meanwhile, or Conflict when it is not ready.
+        Raises VersionNotFound when it was deleted meanwhile, or Conflict when it is not ready, or
+        its blob not `present`.
         """
         with self._writes() as session:
+            references.add(session, [sha256], present)
             row = jobs.find_version(session, model, version, lock=True)
             jobs.require_ready(row)
             session.merge(ArtifactRow(version_id=row.id, kind=kind, sha256=sha256))
@@ -361,11 +403,49 @@ class Catalog:
             first = session.execute(query).first()
         return None if first is None else BenchmarkRecord.of(first[0], model, first[1])
 
-    def referenced_blobs(self) -> frozenset[str]:
-        """The sha256 of every blob that some version needs, for the collector of the others."""
-        query = union(select(VersionRow.checkpoint_sha256), select(ArtifactRow.sha256))
+    def references(self) -> dict[str, tuple[str, ...]]:
+        """The sha256 of every blob that is needed, and by whom: `model/version kind`."""
         with self._reads() as session:
-            return frozenset(session.scalars(query))
+            return references.everything(session)
+
+    @contextmanager
+    def needed(self, sha256s: Iterable[str]) -> Iterator[frozenset[str]]:
+        """Those of the blobs that some version needs; within the block no other becomes needed.
+
+        For the collector: services that add versions meanwhile wait, so the block should be short.
+        """
+        with self._writes() as session:
+            yield references.needed(session, sha256s)
+
+    # ---- maintenance --------------------------------------------------------------------
+
+    def integrity_problems(self) -> tuple[str, ...]:
+        """What SQLite finds wrong with its own file; PostgreSQL has `amcheck` for that."""
+        if self._engine.dialect.name != "sqlite":
+            return ()
+        with self._reads() as session:
+            rows = session.execute(text("PRAGMA integrity_check")).scalars().all()
+            orphans = session.execute(text("PRAGMA foreign_key_check")).all()
+        problems = [str(row) for row in rows if row != "ok"]
+        return (*problems, *(f"{row[0]} row {row[1]} belongs to no {row[2]}" for row in orphans))
+
+    def copy_to(self, path: Path) -> None:
+        """Write a consistent copy of a SQLite catalog to a new file, beside whoever writes.
+
+        Raises StoreError for PostgreSQL, which has `pg_dump`.
+        """
+        if self._engine.dialect.name != "sqlite":
+            raise StoreError(
+                "The catalog is on PostgreSQL.", remedy="Copy it with pg_dump, then the blobs."
+            )
+        # Below SQLAlchemy, which would begin a transaction first.
+        connection = self._engine.raw_connection()
+        try:
+            connection.cursor().execute("VACUUM INTO ?", (str(path),))
+        except sqlite3.Error as error:
+            raise _database_failed(str(error)) from error
+        finally:
+            connection.close()
 
     # ---- sessions -----------------------------------------------------------------------
 
@@ -424,7 +504,10 @@ def _database_errors() -> Iterator[None]:
     except IntegrityError:
         raise
     except DBAPIError as error:
-        reason = str(error.orig)
-        if "disk is full" in reason or "No space left" in reason:
-            raise StorageFull(f"The catalog could not be written: {reason}.") from error
-        raise StoreError(f"The catalog's database failed: {reason}.") from error
+        raise _database_failed(str(error.orig)) from error
+
+
+def _database_failed(reason: str) -> StoreError:
+    if "disk is full" in reason or "No space left" in reason:
+        return StorageFull(f"The catalog could not be written: {reason}.")
+    return StoreError(f"The catalog's database failed: {reason}.")

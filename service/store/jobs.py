@@ -10,11 +10,11 @@ or taken up again by another worker) learns so from VersionNotFound or Conflict.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, ConversionInterrupted, VersionNotFound
@@ -130,14 +130,21 @@ def reject(session: Session, row: VersionRow, error: Json) -> None:
     move(session, row, State.REJECTED, code=error.get("code"))
 
 
-def recover(session: Session, max_attempts: int, stale_seconds: float) -> list[VersionRow]:
+def release(session: Session, row: VersionRow) -> None:
+    """Put a locked version back in the queue, as if it had never been claimed."""
+    row.worker, row.progress = None, None
+    row.attempts -= 1
+    move(session, row, State.QUEUED, attempt=row.attempts)
+
+
+def recover(
+    session: Session, max_attempts: int, stale_seconds: float, dead: Collection[str]
+) -> list[VersionRow]:
     """Queue interrupted conversions again, or reject those tried `max_attempts` times."""
+    silent = VersionRow.updated_at <= utc_now() - timedelta(seconds=stale_seconds)
     rows = session.scalars(
         select(VersionRow)
-        .where(
-            VersionRow.state == State.CONVERTING,
-            VersionRow.updated_at <= utc_now() - timedelta(seconds=stale_seconds),
-        )
+        .where(VersionRow.state == State.CONVERTING, or_(silent, VersionRow.worker.in_(list(dead))))
         .order_by(VersionRow.id)
         .with_for_update(of=VersionRow, skip_locked=True)
     ).all()
@@ -145,7 +152,7 @@ def recover(session: Session, max_attempts: int, stale_seconds: float) -> list[V
         row.worker = None
         if row.attempts >= max_attempts:
             error = ConversionInterrupted(
-                f"The service stopped during {row.attempts} conversions of this version.",
+                f"The service was interrupted in {row.attempts} conversions of this version.",
                 attempts=row.attempts,
             )
             reject(session, row, error.to_dict())

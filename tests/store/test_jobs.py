@@ -185,3 +185,26 @@ def test_publishing_and_deleting_at_once_never_deadlock(catalog: Catalog) -> Non
     in_threads(4, work)
     assert catalog.list_versions("digits").items == ()
     assert catalog.get_model("digits").default_version is None
+
+
+def test_only_the_dead_and_the_silent_lose_their_conversions(catalog: Catalog) -> None:
+    create(catalog)
+    create(catalog)
+    claim(catalog, "living")
+    claim(catalog, "dead")
+    (taken,) = catalog.recover_interrupted(stale_seconds=60, dead=["dead"])
+    assert taken.version == 2
+    catalog.show_life("digits", 1, worker="living")
+    with pytest.raises(Conflict):
+        catalog.show_life("digits", 2, worker="dead")
+    assert len(catalog.recover_interrupted(stale_seconds=0)) == 1
+
+
+def test_a_released_version_keeps_its_attempts(catalog: Catalog) -> None:
+    create(catalog)
+    for _ in range(5):
+        claim(catalog)
+        catalog.release("digits", 1, worker="w")
+        assert catalog.get_version("digits", 1).attempts == 0
+    with pytest.raises(Conflict):
+        catalog.release("digits", 1, worker="w")

@@ -1,0 +1,228 @@
+"""SIGKILL and power cuts at every step of upload, conversion, publish, deletion and switch.
+
+One machine lives through all of it. Before each death something is asked of the service over HTTP;
+after the next start everything that was acknowledged must be there, everything else must be wholly
+there or not at all, and what the death left lying about must be gone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from service.store import BlobStore, Catalog, sqlite_url, verify
+from tests.machines import small
+from tests.machines.machine import Booted, Machine
+
+KILLS = 60
+SOAK_KILLS = 1000
+
+
+@dataclass
+class Known:
+    """What the client of one life after the other may rely on."""
+
+    versions: dict[tuple[str, int], int] = field(default_factory=dict)  # -> number of the bundle
+    ready: set[tuple[str, int]] = field(default_factory=set)
+    defaults: dict[str, set[int | None]] = field(default_factory=dict)  # what may be the default
+    unsure: set[tuple[str, int]] = field(default_factory=set)  # asked to go, not acknowledged
+    deleted: set[tuple[str, int]] = field(default_factory=set)
+    sent: int = 0
+
+
+class Life:
+    """A machine's story over many boots."""
+
+    def __init__(self, box: Machine, name: str, change: str = "") -> None:
+        self.box, self.change = box, change
+        self.folder = box.disk / name
+        self.folder.mkdir()
+        self.known = Known()
+        self.kills = self.cuts = self.struck = 0
+        self.lives = 0
+        self.data_dir = self.folder / "0"
+        self.service: Booted | None = None
+
+    @contextmanager
+    def client(self) -> Iterator[httpx.Client]:
+        """A client of the service that runs, booted if none does."""
+        if self.service is None:
+            self.box.faults.off()
+            if self.data_dir.exists():
+                self.box.sync(self.data_dir)
+            self.box.faults.count()
+            self.service = self.box.boot(self.data_dir, change=self.change)
+        with self.service.client() as http:
+            yield http
+
+    def die(self, at: int, ask: Callable[[httpx.Client], None], *, cut: bool, after: bool) -> None:
+        """Ask something of the service and kill it at the change `at` from now on."""
+        with self.client() as http:
+            assert self.service is not None
+            self.box.faults.kill(self.service.pid, at, after=after)
+            with suppress(httpx.TransportError):
+                ask(http)
+            self.struck += self.box.faults.struck
+            self.service.kill()
+        self.box.faults.off()
+        self.service = None
+        self.kills += 1
+        if cut:
+            self.cuts += 1
+            self.lives += 1
+            restored = self.folder / str(self.lives)
+            self.box.cut_power(self.data_dir, restored)
+            shutil.rmtree(self.data_dir)
+            self.data_dir = restored
+
+    def check(self) -> None:
+        """Everything that was promised holds, in the service that runs and on its disk."""
+        known = self.known
+        with self.client() as http:
+            states = _settled(http)
+            for key, number in known.versions.items():
+                if key in known.deleted:
+                    assert key not in states, f"{key} was deleted and is back"
+                    continue
+                if key in known.unsure and key not in states:
+                    known.deleted.add(key)
+                    continue
+                assert key in states, f"{key} was acknowledged and is lost"
+                found = states[key]
+                interrupted = (found["error"] or {}).get("code") == "conversion_interrupted"
+                assert found["state"] == "ready" or interrupted, found
+                if key in known.ready:
+                    assert found["state"] == "ready", f"{key} was ready: {found}"
+                bytes_ = http.get(f"/v1/models/{key[0]}/versions/{key[1]}/checkpoints/train")
+                assert bytes_.content == small.bundle(number), f"{key} holds other bytes"
+            known.unsure.clear()
+            for model, possible in known.defaults.items():
+                found = http.get(f"/v1/models/{model}").json()["default_version"]
+                assert found in possible, f"{model} serves {found}, not one of {possible}"
+                known.defaults[model] = {found}
+                if found is not None:
+                    number = known.versions[model, found]
+                    assert small.answer(http, model) == pytest.approx(number + 1)
+        self._check_disk(states)
+
+    def _check_disk(self, states: dict[tuple[str, int], dict[str, Any]]) -> None:
+        catalog = Catalog(sqlite_url(self.data_dir / "catalog.sqlite3"))
+        try:
+            report = verify(catalog, BlobStore(self.data_dir / "blobs"))
+            assert report.ok, report
+            assert not report.spoilt, report
+            assert report.temporary_files == 0, report
+            for model, version in states:
+                assert catalog.get_version(model, version).attempts <= 2
+        finally:
+            catalog.close()
+        scratch = self.data_dir / "scratch" / "conversions"
+        (own,) = scratch.iterdir()
+        assert [path.name for path in own.iterdir()] == ["lock"]
+
+    # ---- what is asked --------------------------------------------------------------------
+
+    def upload(self, http: httpx.Client, model: str = "net", *, wait: bool = False) -> None:
+        """A new version; with `wait` it is acknowledged when it serves."""
+        self.known.sent += 1
+        number = self.known.sent
+        response = small.upload(http, model, number, wait=wait)
+        assert response.status_code in (201, 202), response.text
+        key = (model, response.json()["version"])
+        self.known.versions[key] = number
+        if response.status_code == 201:
+            self.known.ready.add(key)
+
+    def switch(self, http: httpx.Client, model: str = "switched") -> None:
+        """The other one of two versions becomes the default."""
+        (now,) = self.known.defaults[model]
+        other = 2 if now == 1 else 1
+        self.known.defaults[model] = {now, other}
+        response = http.put(f"/v1/models/{model}/default", json={"version": other})
+        assert response.status_code == 200, response.text
+        self.known.defaults[model] = {other}
+
+    def delete(self, http: httpx.Client) -> None:
+        """The oldest version of `net` goes."""
+        alive = self.known.versions.keys() - self.known.deleted
+        key = min(key for key in alive if key[0] == "net")
+        self.known.unsure.add(key)
+        response = http.delete(f"/v1/models/{key[0]}/versions/{key[1]}")
+        assert response.status_code == 204, response.text
+        self.known.unsure.discard(key)
+        self.known.deleted.add(key)
+
+
+def _settled(http: httpx.Client) -> dict[tuple[str, int], dict[str, Any]]:
+    """Every version, once none waits or converts."""
+    deadline = time.monotonic() + 60
+    while True:
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        for model in http.get("/v1/models", params={"limit": 500}).json()["items"]:
+            url = f"/v1/models/{model['name']}/versions"
+            for version in http.get(url, params={"limit": 500}).json()["items"]:
+                found[model["name"], version["version"]] = version
+        if all(each["state"] in ("ready", "rejected") for each in found.values()):
+            return found
+        assert time.monotonic() < deadline, "a conversion was never taken up again"
+        time.sleep(0.01)
+
+
+def _prepared(box: Machine, name: str, change: str = "") -> Life:
+    """A life with two versions to switch between, and some to delete."""
+    life = Life(box, name, change)
+    with life.client() as http:
+        for _ in range(2):
+            life.upload(http, "switched", wait=True)
+        response = http.put("/v1/models/switched/default", json={"version": 1})
+        assert response.status_code == 200, response.text
+        life.known.defaults["switched"] = {1}
+        life.upload(http, "net", wait=True)
+    life.check()
+    return life
+
+
+def _go_through(life: Life, kills: int, seed: int) -> None:
+    """Kill the service `kills` times, spread over everything that can be asked."""
+    chance = random.Random(seed)
+    asked = (
+        (lambda http: life.upload(http), 26),
+        (lambda http: life.upload(http, wait=True), 130),
+        (life.switch, 12),
+        (lambda http: life.upload(http, wait=True), 130),
+        (life.delete, 12),
+    )
+    for turn in range(kills):
+        ask, changes = asked[turn % len(asked)]
+        if ask == life.delete and sum(k[0] == "net" for k in life.known.versions) < 2:
+            ask, changes = asked[0]
+        at = chance.randrange(1, changes + 1)
+        life.die(at, ask, cut=chance.random() < 0.5, after=chance.random() < 0.5)
+        life.check()
+
+
+def test_nothing_acknowledged_is_lost_and_nothing_partial_is_seen(box: Machine) -> None:
+    life = _prepared(box, "crash")
+    started = time.monotonic()
+    _go_through(life, KILLS, seed=5)
+    print(
+        json.dumps(
+            {
+                "kills": life.kills,
+                "struck": life.struck,
+                "power cuts": life.cuts,
+                "seconds": time.monotonic() - started,
+            }
+        )
+    )
+    assert life.kills == KILLS
+    assert life.struck > KILLS / 2, "most deaths must come in the middle of something"
