@@ -98,6 +98,9 @@ class Process:
             except subprocess.TimeoutExpired:
                 continue
         self.child.wait()
+        for pipe in (self.child.stdin, self.child.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 class Server:
