@@ -85,7 +85,7 @@ def put(http: httpx.Client, name: str, seed: int = 0, **config: object) -> httpx
     answer = http.post(
         f"/v1/models/{name}/versions",
         files={"checkpoint": ("tiny.pth", tiny.checkpoint(seed))},
-        data={"config": json.dumps(tiny.CONFIG | config)},
+        data={"config": json.dumps(tiny.CONFIG | {"backend": "torch"} | config)},
         headers={"Prefer": "wait=100"},
     )
     assert answer.status_code == 201, answer.text

@@ -23,6 +23,7 @@ def test_roll_back_unpin_and_delete(web: Watched, http: httpx.Client) -> None:
     put(http, name, 0)
     put(http, name, 1)
     page = web.page
+    web.refusals = {409}  # of a version that is not loaded only the benchmark route knows a result
     web.go(f"/models/{name}")
     expect(page.locator("#summary")).to_contain_text("Version 2")
 
@@ -191,3 +192,25 @@ def test_the_benchmark_is_measured_and_drawn(web: Watched, shown: str, http: htt
     web.page.get_by_label("Batch sizes").fill("4096")
     web.page.get_by_role("button", name="Measure again").click()
     expect(web.page.locator("#latency .problem")).to_contain_text("FOLDSERVE_MAX_BATCH")
+
+
+def test_a_file_that_is_made_first_comes_or_says_why_not(web: Watched, shown: str) -> None:
+    said = {
+        "title": "No export",
+        "detail": f"It has {XSS}.",
+        "remedy": "Take another.",
+        "code": "x",
+    }
+    web.go(f"/models/{shown}")
+    link = web.page.get_by_role("link", name="Deploy form, onnx")
+    web.refusals = {409}
+    web.page.route("**format=onnx", lambda route: route.fulfill(status=409, json=said))
+    link.click()
+    expect(web.page.locator("#downloads .problem")).to_contain_text("Take another.")
+    web.page.unroute("**format=onnx")
+    head = {"Content-Disposition": 'attachment; filename="made.onnx"'}
+    web.page.route("**format=onnx", lambda route: route.fulfill(headers=head, body="made"))
+    with web.page.expect_download() as download:
+        link.click()
+    assert download.value.suggested_filename == "made.onnx"
+    expect(web.page.locator("#downloads .problem")).to_have_count(0)

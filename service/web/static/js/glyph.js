@@ -16,7 +16,7 @@ export function glyph(block) {
   const x = (/** @type {number} */ column) => 8 + (column * (WIDE - 16)) / (drawing.columns + 1);
   const y = (/** @type {number} */ lane) => HIGH / 2 + (lane - (drawing.lanes - 1) / 2) * spread;
   const end = last(drawing);
-  const size = Math.min(5.5, spread * 0.62, (WIDE - 16) / (drawing.columns + 1) - 1.5);
+  const size = drawing.nodes.length === 1 ? 11 : Math.min(5.5, spread * 0.62, (WIDE - 16) / (drawing.columns + 1) - 1.5);
   return svg(
     "svg",
     { viewBox: `0 0 ${WIDE} ${HIGH}`, width: WIDE, height: HIGH, "aria-hidden": "true", class: "glyph" },

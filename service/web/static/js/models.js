@@ -62,8 +62,8 @@ async function fillRow(row, model, health, underWay) {
     fill(state, badge(serving.state), " ", h("small", {}, `version ${serving.version}${also(newest, serving)}`));
     fill(network, serving.architecture?.name ?? h("span", { class: "faint" }, serving.error?.title ?? "not known yet"));
     if (serving.fusion !== null) fill(convolutions, `${serving.fusion.convolutions_before} → ${serving.fusion.convolutions_after}`);
-    fill(saved, saving(health, model.name, serving.version));
-    [network, convolutions, saved].forEach((cell, at) => cell.setAttribute("data-label", ["Network", "Convolutions", "Latency saved"][at]));
+    if (serving.fusion !== null) fill(saved, saving(health, model.name, serving.version));
+    [network, convolutions, saved].forEach((cell, at) => cell.textContent.trim() !== "" && cell.setAttribute("data-label", ["Network", "Convolutions", "Latency saved"][at]));
     if (newest.state === "queued" || newest.state === "converting") underWay(newest);
   } catch (error) {
     fill(state, errorBox(error));

@@ -53,6 +53,7 @@ function show(health, all) {
     const value = quantile(now.histogram, since, q);
     return value === null ? null : value * 1e3;
   };
+  const device = total(all, "foldserve_device_memory_bytes", (labels) => labels.kind === "used");
   fill(byId("service-state"), badge(health.status));
   byId("summary").textContent = `Foldserve ${health.version}, up ${duration(health.uptime_seconds)}${health.loading ? ", loading models" : ""}`;
   fill(
@@ -65,6 +66,7 @@ function show(health, all) {
     figure("p99, since the start", ms(0.99, null), milliseconds),
     figure("Memory", total(all, "process_resident_memory_bytes"), bytes),
     figure("Weights loaded", health.weight_bytes, bytes),
+    device > 0 && figure("Device memory in use", device, bytes),
   );
   record(now.at, rate("answered"), ms(0.5, before?.histogram ?? now.histogram), ms(0.99, before?.histogram ?? now.histogram));
   loaded(health.models);
@@ -88,14 +90,24 @@ function record(...values) {
 }
 
 function drawn() {
-  const axes = (/** @type {any} */ paint, /** @type {(value: number) => string} */ format) => [paint.axis, { ...paint.axis, size: 62, values: (/** @type {any} */ _, /** @type {number[]} */ ticks) => ticks.map(format) }];
+  const axes = (/** @type {any} */ paint, /** @type {(value: number) => string} */ format) => [{ ...paint.axis, space: 90, values: (/** @type {any} */ _, /** @type {number[]} */ ticks) => ticks.map(clock) }, { ...paint.axis, size: 62, values: (/** @type {any} */ _, /** @type {number[]} */ ticks) => ticks.map(format) }];
   const shared = { legend: { show: false }, cursor: { show: false } };
   const range = (/** @type {any} */ _, /** @type {number} */ __, /** @type {number} */ high) => [0, Math.max(1, (high || 0) * 1.15)];
-  const scales = { x: { range: (/** @type {any} */ _, /** @type {number} */ low, /** @type {number} */ high) => [Math.min(low, high - 60), high] }, y: { range } };
+  const minute = () => {
+    const times = /** @type {number[]} */ (series[0]);
+    const end = times[times.length - 1];
+    return [Math.min(times[0], end - 60), end];
+  };
+  const scales = { x: { range: minute }, y: { range } };
   return [
     chart(byId("throughput"), [series[0], series[1]], (paint) => ({ ...shared, scales, axes: axes(paint, significant), series: [{}, { stroke: paint.deploy, width: 2, points: { show: false } }] })),
     chart(byId("quantiles"), [series[0], series[2], series[3]], (paint) => ({ ...shared, scales, axes: axes(paint, milliseconds), series: [{}, { stroke: paint.deploy, width: 2, spanGaps: true }, { stroke: paint.warn, width: 2, spanGaps: true }] })),
   ];
+}
+
+/** @param {number} seconds Since 1970. */
+function clock(seconds) {
+  return new Date(seconds * 1e3).toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 }
 
 /** @param {any[]} models */
