@@ -21,6 +21,10 @@ def test_it_shows_what_happens(web: Watched, shown: str, http: httpx.Client) -> 
     expect(figure(web, "Predictions a second")).to_have_text("\u2013")
     expect(web.page.locator("#loaded")).to_contain_text(shown)
     expect(web.page.locator("#process")).to_contain_text("Worker")
+    for name in http.get("/health").json()["sandbox"]:
+        expect(web.page.locator("#sandbox")).to_contain_text(
+            name.replace("_", " "), ignore_case=True
+        )
     for _ in range(5):
         predict = f"/v1/models/{shown}/predict"
         kind = {"Content-Type": "image/png"}

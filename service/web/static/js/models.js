@@ -39,7 +39,7 @@ function table(page, health, underWay) {
       fillRow(row, model, health, underWay);
     }
     more.hidden = from.next === null;
-    more.onclick = async () => rows(await getJson(from.next));
+    more.onclick = () => getJson(from.next).then(rows, (error) => more.replaceWith(errorBox(error)));
   };
   rows(page);
   const heads = ["Model", "State", "Network", "Convolutions", "Latency saved"];

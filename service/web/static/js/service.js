@@ -71,6 +71,7 @@ function show(health, all) {
   record(now.at, rate("answered"), ms(0.5, before?.histogram ?? now.histogram), ms(0.99, before?.histogram ?? now.histogram));
   loaded(health.models);
   fill(byId("process"), ...facts(health, all));
+  sandbox(health.sandbox);
 }
 
 /** @param {string} name @param {number | null} value @param {(value: number) => string} format */
@@ -126,7 +127,7 @@ function row(model, form, how) {
     {},
     h("th", { scope: "row" }, h("a", { href: `/models/${model.model}?version=${model.version}` }, model.model), h("small", {}, ` version ${model.version}`)),
     cell("Form", form === "train" ? "training" : form),
-    cell("Backend", `${how.backend} ${how.backend_version ?? ""}, ${how.precision}`),
+    cell("Backend", `${how.backend} ${(how.backend_version ?? "").split("-")[0]}, ${how.precision}`),
     cell("Device", how.device, how.threads ? h("small", {}, ` ${plural(how.threads, "thread")}`) : null),
     cell("Weights", bytes(how.weight_bytes)),
     cell("Answered", count(how.requests)),
@@ -139,7 +140,6 @@ function facts(health, all) {
   const checks = Object.entries(health.checks).map(([name, well]) => fact(name.charAt(0).toUpperCase() + name.slice(1), badge(well ? "ok" : "failed")));
   return [
     ...checks,
-    ...sandbox(health.sandbox),
     fact("Versions", Object.entries(health.versions).filter(([, number]) => Number(number) > 0).map(([state, number]) => `${number} ${state}`).join(", ") || "none"),
     fact("CPU time", duration(total(all, "process_cpu_seconds_total"))),
     fact("Open files", `${total(all, "process_open_fds")} of ${count(total(all, "process_max_fds"))}`),
@@ -148,12 +148,11 @@ function facts(health, all) {
   ];
 }
 
-/** How conversions are locked in, where the service says so. @param {any} said */
-function sandbox(said) {
-  if (said === undefined || said === null) return [];
-  const value = (/** @type {unknown} */ each) => (typeof each === "boolean" ? badge(each ? "ok" : "off") : String(each));
-  if (typeof said !== "object") return [fact("Sandbox", value(said))];
-  return Object.entries(said).map(([name, each]) => fact(`Sandbox: ${name.replace(/_/g, " ")}`, value(each)));
+/** How conversions are confined, by name; the service may not know yet. @param {Record<string, boolean> | null | undefined} measures */
+function sandbox(measures) {
+  byId("sandbox-section").hidden = !measures;
+  const named = (/** @type {string} */ name) => `${name.charAt(0).toUpperCase()}${name.slice(1).replace(/_/g, " ")}`.replace("Cpu", "CPU");
+  fill(byId("sandbox"), ...Object.entries(measures ?? {}).map(([name, on]) => fact(named(name), badge(on ? "on" : "off"))));
 }
 
 async function turn() {

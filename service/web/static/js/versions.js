@@ -16,12 +16,12 @@ export function showVersions(place, context) {
   const said = h("div", { role: "alert", class: "said" });
   const more = h("button", { type: "button", class: "small", hidden: model.next === null }, "Older versions");
   let next = model.next;
-  more.addEventListener("click", async () => {
+  more.addEventListener("click", () => guarded(more, async () => {
     const page = await getJson(next);
     body.append(...page.items.map((/** @type {any} */ version) => row(version, context)));
     next = page.next;
     more.hidden = next === null;
-  });
+  }));
   const heads = ["Version", "State", "Network", "File", "Uploaded"].map((name) => h("th", { scope: "col" }, name));
   const table = h("table", { class: "folding" }, h("thead", {}, h("tr", {}, ...heads, h("th", { scope: "col" }, h("span", { class: "unseen" }, "Actions")))), body);
   fill(place, said, table, h("div", { class: "table-foot row", hidden: model.next === null }, more));
