@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -11,7 +12,7 @@ from playwright.sync_api import Browser, expect, sync_playwright
 
 from tests.api import tiny
 from tests.running import RunningServer
-from tests.web.watched import Watched
+from tests.web.watched import XSS, Watched
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 PATIENCE_MS = 60_000  # a shared machine may be slow; nothing here waits longer than it must
@@ -72,21 +73,22 @@ def web(open_page: Callable[..., Watched]) -> Watched:
 
 @pytest.fixture(scope="session")
 def shown(server: RunningServer) -> str:
-    """A model for looking at: two ready versions. Not to be changed."""
-    name = "web-shown"
+    """A model for looking at, with labels that are markup. Not to be changed."""
+    labels = [XSS, "</span><script>window.pwned=1</script>", "cat", "dog", "eel"]
     with httpx.Client(base_url=server.url, timeout=120) as client:
-        for seed in (0, 1):
-            put(client, name, seed)
-    return name
+        put(client, "web-shown", labels=labels)
+    return "web-shown"
 
 
-def put(http: httpx.Client, name: str, seed: int = 0, **config: object) -> httpx.Response:
-    """Upload the tiny network and wait until it serves."""
+def put(http: httpx.Client, name: str, seed: int = 0, **config: object) -> None:
+    """Upload the tiny network and wait until it serves, however busy the machine is."""
     answer = http.post(
         f"/v1/models/{name}/versions",
         files={"checkpoint": ("tiny.pth", tiny.checkpoint(seed))},
         data={"config": json.dumps(tiny.CONFIG | {"backend": "torch"} | config)},
         headers={"Prefer": "wait=100"},
     )
-    assert answer.status_code == 201, answer.text
-    return answer
+    assert answer.status_code in (201, 202), answer.text
+    while (state := http.get(answer.headers["location"]).json()["state"]) != "ready":
+        assert state in ("queued", "converting")
+        time.sleep(0.2)

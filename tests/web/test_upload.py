@@ -13,9 +13,7 @@ from playwright.sync_api import expect
 from service.client import model_name
 from service.errors import BadInput
 from tests.api import tiny
-from tests.web.watched import Watched
-
-XSS = "<img src=x onerror=window.pwned=1>"
+from tests.web.watched import XSS, Watched
 
 
 def picture() -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from playwright.sync_api import ConsoleMessage, Page, Request
 
+XSS = "<img src=x onerror=window.pwned=1>"  # what would run if text became markup
 _NETWORK = "Failed to load resource"  # the browser's own line for a status of 400 or above
 
 
