@@ -1,1 +1,1 @@
-"""The pages: templates, style and icon. They ship in the package and load nothing else."""
+"""The pages: templates, styles and scripts. They ship in the package and load nothing else."""
