@@ -50,7 +50,11 @@ export async function getJson(path, options) {
 
 /** @param {string} path @param {string} method @param {unknown} value @returns {Promise<any>} */
 export async function sendJson(path, method, value) {
-  return getJson(path, { method, body: JSON.stringify(value), headers: { "Content-Type": "application/json" } });
+  return getJson(path, {
+    method,
+    body: JSON.stringify(value),
+    headers: { "Content-Type": "application/json" },
+  });
 }
 
 /**
@@ -65,5 +69,9 @@ export function parsedProblem(status, body) {
   } catch {
     // Not from the service itself: a proxy answers in its own words.
   }
-  return { title: `The answer was ${status}`, detail: body.slice(0, 300) || "It had no body.", status };
+  return {
+    title: `The answer was ${status}`,
+    detail: body.slice(0, 300) || "It had no body.",
+    status,
+  };
 }

@@ -12,7 +12,9 @@ export function inWords(version) {
   const certificate = fusion.certificate ?? {};
   const words = [counted(fusion)];
   if (version.checkpoint.form === "deploy") {
-    words.push("The checkpoint was already in deploy form, so there was little or nothing to fold.");
+    words.push(
+      "The checkpoint was already in deploy form, so there was little or nothing to fold.",
+    );
   }
   if (fusion.error_float64 !== null && fusion.fused > 0) {
     words.push(
@@ -21,7 +23,8 @@ export function inWords(version) {
     );
   }
   if (fusion.error_end_to_end !== null) {
-    const same = certificate.top1_agreement === 1 ? ", and names the same class for every probe" : "";
+    const same =
+      certificate.top1_agreement === 1 ? ", and names the same class for every probe" : "";
     words.push(
       `The whole network as served in ${certificate.precision ?? "float32"} differs by ` +
         `${error(fusion.error_end_to_end)} of how much its output varies between probes${same}.`,
@@ -35,9 +38,15 @@ function counted(fusion) {
   const { blocks, fused, kept, refused } = fusion;
   if (blocks === 0) return "The network has no linear region that could be folded.";
   const rest = [];
-  if (kept > 0) rest.push(`${kept} left as ${kept === 1 ? "it is" : "they are"}, because folding would gain nothing`);
+  if (kept > 0)
+    rest.push(
+      `${kept} left as ${kept === 1 ? "it is" : "they are"}, because folding would gain nothing`,
+    );
   if (refused > 0) rest.push(`${refused} refused, because folding would not be exact`);
-  const head = fused === blocks ? `All ${plural(blocks, "block")} folded` : `${fused} of ${plural(blocks, "block")} folded`;
+  const head =
+    fused === blocks
+      ? `All ${plural(blocks, "block")} folded`
+      : `${fused} of ${plural(blocks, "block")} folded`;
   return `${[head, ...rest].join("; ")}.`;
 }
 
@@ -48,13 +57,27 @@ export function certificateCard(version) {
   const limits = certificate.limits ?? {};
   const errors = [
     scale("Largest error of a block, float64", fusion.error_float64, limits.region_error),
-    scale("Whole network, float64", certificate.error_end_to_end_float64, limits.end_to_end_float64),
-    scale(`Whole network, ${certificate.precision ?? "float32"}`, fusion.error_end_to_end, limits.end_to_end),
+    scale(
+      "Whole network, float64",
+      certificate.error_end_to_end_float64,
+      limits.end_to_end_float64,
+    ),
+    scale(
+      `Whole network, ${certificate.precision ?? "float32"}`,
+      fusion.error_end_to_end,
+      limits.end_to_end,
+    ),
   ].filter((row) => row !== null);
   return h(
     "div",
     { class: "card certificate" },
-    h("div", { class: "words" }, h("p", {}, h("span", { class: "badge ready" }, "proved equal")), ...inWords(version).map((text) => h("p", {}, text)), probes(certificate)),
+    h(
+      "div",
+      { class: "words" },
+      h("p", {}, h("span", { class: "badge ready" }, "proved equal")),
+      ...inWords(version).map((text) => h("p", {}, text)),
+      probes(certificate),
+    ),
     errors.length > 0 && h("div", { class: "scales" }, ...errors),
   );
 }
@@ -62,8 +85,15 @@ export function certificateCard(version) {
 /** @param {any} certificate */
 function probes(certificate) {
   if (certificate.probes === undefined) return null;
-  const seconds = certificate.seconds === undefined ? "" : ` in ${Math.max(0.1, certificate.seconds).toFixed(1)} s`;
-  return h("p", { class: "hint" }, `${plural(certificate.probes, "probe")}, seed ${certificate.seed}${seconds}. The errors of every block are in the report.`);
+  const seconds =
+    certificate.seconds === undefined
+      ? ""
+      : ` in ${Math.max(0.1, certificate.seconds).toFixed(1)} s`;
+  return h(
+    "p",
+    { class: "hint" },
+    `${plural(certificate.probes, "probe")}, seed ${certificate.seed}${seconds}. The errors of every block are in the report.`,
+  );
 }
 
 const LOWEST = -17;
@@ -84,7 +114,8 @@ function scale(name, value, limit) {
       { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
       svg("rect", { class: "track", y: 3, width: 100, height: 4 }),
       svg("rect", { class: "value", y: 3, width: Math.max(at(value), 0.6).toFixed(2), height: 4 }),
-      limit !== undefined && svg("rect", { class: "limit", x: at(limit).toFixed(2), width: 0.6, height: 10 }),
+      limit !== undefined &&
+        svg("rect", { class: "limit", x: at(limit).toFixed(2), width: 0.6, height: 10 }),
     ),
     limit !== undefined && h("p", { class: "hint" }, `limit ${error(limit)}`),
   );

@@ -8,7 +8,14 @@ export function colours() {
     probe.style.color = `var(${name})`;
     return getComputedStyle(probe).color;
   };
-  const found = { ink: resolved("--ink"), faint: resolved("--faint"), line: resolved("--line"), train: resolved("--before"), deploy: resolved("--accent"), warn: resolved("--warn") };
+  const found = {
+    ink: resolved("--ink"),
+    faint: resolved("--faint"),
+    line: resolved("--line"),
+    train: resolved("--before"),
+    deploy: resolved("--accent"),
+    warn: resolved("--warn"),
+  };
   probe.remove();
   return found;
 }
@@ -31,8 +38,22 @@ export function chart(place, data, options) {
     plot?.destroy();
     const paint = colours();
     const font = "12px system-ui, sans-serif";
-    const axis = { stroke: paint.faint, grid: { stroke: paint.line, width: 1 }, ticks: { stroke: paint.line, width: 1 }, font, labelFont: font };
-    plot = new globalThis.uPlot({ width: Math.max(place.clientWidth, 200), height: Math.max(place.clientHeight, 160), ...options({ ...paint, axis }) }, now, place);
+    const axis = {
+      stroke: paint.faint,
+      grid: { stroke: paint.line, width: 1 },
+      ticks: { stroke: paint.line, width: 1 },
+      font,
+      labelFont: font,
+    };
+    plot = new (/** @type {any} */ (globalThis).uPlot)(
+      {
+        width: Math.max(place.clientWidth, 200),
+        height: Math.max(place.clientHeight, 160),
+        ...options({ ...paint, axis }),
+      },
+      now,
+      place,
+    );
   };
   draw();
   addEventListener("themechange", draw);

@@ -11,14 +11,22 @@ export function confirmed(title, text, action) {
   return new Promise((resolve) => {
     const dialog = h(
       "dialog",
-      { "aria-labelledby": "confirm-title", "aria-describedby": "confirm-text", role: "alertdialog" },
+      {
+        "aria-labelledby": "confirm-title",
+        "aria-describedby": "confirm-text",
+        role: "alertdialog",
+      },
       h("h2", { id: "confirm-title" }, title),
       h("p", { id: "confirm-text" }, text),
       h(
         "div",
         { class: "row" },
         h("button", { type: "button", autofocus: true, onclick: () => dialog.close("") }, "Cancel"),
-        h("button", { type: "button", class: "danger", onclick: () => dialog.close("yes") }, action),
+        h(
+          "button",
+          { type: "button", class: "danger", onclick: () => dialog.close("yes") },
+          action,
+        ),
       ),
     );
     dialog.addEventListener("close", () => {

@@ -36,7 +36,19 @@ export class Conversion {
     this.element = h(
       "article",
       { class: "card stack conversion" },
-      h("div", { class: "row head" }, this.title, this.state, h("span", { class: "hint clip", title: file }, file, size === null ? "" : `, ${bytes(size)}`), this.actions),
+      h(
+        "div",
+        { class: "row head" },
+        this.title,
+        this.state,
+        h(
+          "span",
+          { class: "hint clip", title: file },
+          file,
+          size === null ? "" : `, ${bytes(size)}`,
+        ),
+        this.actions,
+      ),
       this.steps,
       h("div", { class: "stack under-way" }, this.bar, this.cells, this.line),
       this.outcome,
@@ -47,12 +59,19 @@ export class Conversion {
 
   /** Offer to stop the upload. @param {() => void} cancel */
   cancelWith(cancel) {
-    fill(this.actions, h("button", { type: "button", class: "small quiet", onclick: cancel }, "Cancel"));
+    fill(
+      this.actions,
+      h("button", { type: "button", class: "small quiet", onclick: cancel }, "Cancel"),
+    );
   }
 
   #named() {
     if (this.version !== null) this.element.dataset.key = `${this.model}/${this.version}`;
-    fill(this.title, h("a", { href: `/models/${this.model}` }, this.model), this.version === null ? "" : h("small", {}, ` version ${this.version}`));
+    fill(
+      this.title,
+      h("a", { href: `/models/${this.model}` }, this.model),
+      this.version === null ? "" : h("small", {}, ` version ${this.version}`),
+    );
   }
 
   /** @param {string} stage */
@@ -71,7 +90,10 @@ export class Conversion {
   uploaded(sent, total, seconds) {
     this.bar.value = sent / total;
     const rate = seconds > 0.2 ? `, ${bytes(sent / seconds)}/s` : "";
-    this.line.textContent = sent < total ? `${bytes(sent)} of ${bytes(total)} sent${rate}` : "Sent; the service is checking and storing it.";
+    this.line.textContent =
+      sent < total
+        ? `${bytes(sent)} of ${bytes(total)} sent${rate}`
+        : "Sent; the service is checking and storing it.";
   }
 
   /** Follow the version to its end. @returns {Promise<any>} Its resource. */
@@ -103,13 +125,19 @@ export class Conversion {
       this.#blocks(done, total);
     } else {
       this.bar.removeAttribute("value");
-      this.line.textContent = { read: "Reading the file as data.", fuse: "Folding branches.", prepare: "Loading the folded network and trying every batch size." }[stage] ?? "";
+      this.line.textContent =
+        {
+          read: "Reading the file as data.",
+          fuse: "Folding branches.",
+          prepare: "Loading the folded network and trying every batch size.",
+        }[stage] ?? "";
     }
   }
 
   /** @param {number} done @param {number} total */
   #blocks(done, total) {
-    if (this.cells.childElementCount !== total) fill(this.cells, ...Array.from({ length: total }, () => h("span")));
+    if (this.cells.childElementCount !== total)
+      fill(this.cells, ...Array.from({ length: total }, () => h("span")));
     [...this.cells.children].forEach((cell, at) => cell.classList.toggle("done", at < done));
   }
 
@@ -119,9 +147,22 @@ export class Conversion {
     this.#underWay(false);
     if (resource.state === "ready") {
       this.steps.hidden = true;
-      announce(`${this.model} version ${resource.version} is ready. ${inWords(resource).join(" ")}`);
-      fill(this.outcome, h("div", { class: "words" }, ...inWords(resource).map((text) => h("p", {}, text))), briefly(resource.fusion));
-      fill(this.actions, h("a", { class: "button small", href: `/models/${this.model}?version=${resource.version}` }, "Open"));
+      announce(
+        `${this.model} version ${resource.version} is ready. ${inWords(resource).join(" ")}`,
+      );
+      fill(
+        this.outcome,
+        h("div", { class: "words" }, ...inWords(resource).map((text) => h("p", {}, text))),
+        briefly(resource.fusion),
+      );
+      fill(
+        this.actions,
+        h(
+          "a",
+          { class: "button small", href: `/models/${this.model}?version=${resource.version}` },
+          "Open",
+        ),
+      );
     } else if (resource.error !== null) {
       this.#failedStep();
       announce(`${this.model} version ${resource.version} was rejected: ${resource.error.detail}`);
@@ -137,7 +178,14 @@ export class Conversion {
     const box = errorBox(error);
     announce(`${this.model}: ${box.textContent}`);
     fill(this.outcome, box);
-    fill(this.actions, h("button", { type: "button", class: "small quiet", onclick: () => this.element.remove() }, "Dismiss"));
+    fill(
+      this.actions,
+      h(
+        "button",
+        { type: "button", class: "small quiet", onclick: () => this.element.remove() },
+        "Dismiss",
+      ),
+    );
   }
 
   #failedStep() {

@@ -37,7 +37,12 @@ function filled(element, attributes, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), /** @type {any} */ (value));
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat().filter(shown).map((child) => (child instanceof Node ? child : String(child))));
+  element.append(
+    ...children
+      .flat()
+      .filter(shown)
+      .map((child) => (child instanceof Node ? child : String(child))),
+  );
   return element;
 }
 
@@ -55,7 +60,9 @@ export function byId(id) {
 
 /** Put `children` in the place of what `element` holds. @param {Element} element @param {...Child} children */
 export function fill(element, ...children) {
-  element.replaceChildren(...children.filter(shown).map((child) => (child instanceof Node ? child : String(child))));
+  element.replaceChildren(
+    ...children.filter(shown).map((child) => (child instanceof Node ? child : String(child))),
+  );
 }
 
 /** Tell screen readers. @param {string} text */

@@ -23,7 +23,16 @@ const MADE = ["onnx", "openvino"];
 export function showDownloads(place, version, formats) {
   const ready = version.state === "ready";
   const said = h("div", { role: "alert" });
-  const deploy = ready ? formats.map((format) => item(`Deploy form, ${format}`, USES[format] ?? "", `${version.links.deploy}?format=${encodeURIComponent(format)}`, MADE.includes(format) ? said : null)) : [];
+  const deploy = ready
+    ? formats.map((format) =>
+        item(
+          `Deploy form, ${format}`,
+          USES[format] ?? "",
+          `${version.links.deploy}?format=${encodeURIComponent(format)}`,
+          MADE.includes(format) ? said : null,
+        ),
+      )
+    : [];
   fill(
     place,
     said,
@@ -31,10 +40,19 @@ export function showDownloads(place, version, formats) {
       "ul",
       { class: "downloads" },
       ...deploy,
-      item("Training form", `the uploaded file, unchanged, ${bytes(version.checkpoint.bytes)}`, version.links.train),
+      item(
+        "Training form",
+        `the uploaded file, unchanged, ${bytes(version.checkpoint.bytes)}`,
+        version.links.train,
+      ),
       ready && item("Report", "every block, rule and error as JSON", version.links.report),
     ),
-    h("p", { class: "hint checksum" }, "SHA-256 of the uploaded file: ", h("code", {}, version.checkpoint.sha256)),
+    h(
+      "p",
+      { class: "hint checksum" },
+      "SHA-256 of the uploaded file: ",
+      h("code", {}, version.checkpoint.sha256),
+    ),
   );
 }
 
@@ -68,6 +86,8 @@ async function save(address) {
 /** Deploy formats as the OpenAPI document names them. @param {any} openapi @returns {string[]} */
 export function formatsOf(openapi) {
   const operation = openapi.paths?.["/v1/models/{name}/versions/{version}/checkpoints/deploy"]?.get;
-  const parameter = operation?.parameters?.find((/** @type {any} */ each) => each.name === "format");
+  const parameter = operation?.parameters?.find(
+    (/** @type {any} */ each) => each.name === "format",
+  );
   return parameter?.schema?.enum ?? ["safetensors", "pth", "bundle"];
 }

@@ -15,20 +15,32 @@
 export function placed(operations) {
   const steps = withPassing(withSums(withBorders(operations.map(named))));
   const readers = new Map();
-  steps.forEach((step, at) => step.reads.forEach((read) => readers.set(read, [...(readers.get(read) ?? []), at])));
+  steps.forEach((step, at) =>
+    step.reads.forEach((read) => readers.set(read, [...(readers.get(read) ?? []), at])),
+  );
   let lanes = 0;
   /** @type {Placed[]} */
   const nodes = [];
   for (const [at, step] of steps.entries()) {
-    const column = 1 + Math.max(0, ...step.reads.map((read) => (read < 0 ? 0 : nodes[read].column)));
+    const column =
+      1 + Math.max(0, ...step.reads.map((read) => (read < 0 ? 0 : nodes[read].column)));
     const joins = step.reads.length > 1;
     const only = step.reads[0];
     const continues = !joins && only >= 0 && readers.get(only)[0] === at;
-    const lane = joins ? mean(step.reads.map((read) => nodes[read].lane)) : continues ? nodes[only].lane : lanes++;
+    const lane = joins
+      ? mean(step.reads.map((read) => nodes[read].lane))
+      : continues
+        ? nodes[only].lane
+        : lanes++;
     nodes.push({ ...step, column, lane });
   }
   const starts = nodes.filter((node) => node.reads.includes(-1)).map((node) => node.lane);
-  return { nodes, columns: Math.max(1, ...nodes.map((node) => node.column)), lanes: Math.max(1, lanes), entry: starts.length > 0 ? mean(starts) : 0 };
+  return {
+    nodes,
+    columns: Math.max(1, ...nodes.map((node) => node.column)),
+    lanes: Math.max(1, lanes),
+    entry: starts.length > 0 ? mean(starts) : 0,
+  };
 }
 
 /** @param {number[]} values */
@@ -57,7 +69,9 @@ function named(operation) {
     const groups = operation.groups > 1 ? ` g${operation.groups}` : "";
     return { ...operation, kind: "conv", label: `${operation.kernel.join("×")}${groups}` };
   }
-  const [kind, label] = NAMES[name] ?? (/^(avg|adaptive_avg)_pool/.test(name) ? ["pool", "avg"] : ["other", name.replace(/_/g, " ")]);
+  const [kind, label] =
+    NAMES[name] ??
+    (/^(avg|adaptive_avg)_pool/.test(name) ? ["pool", "avg"] : ["other", name.replace(/_/g, " ")]);
   const alone = kind === "join" && operation.reads.length < 2; // of a constant: a shift
   return { ...operation, kind: alone ? "scale" : kind, label: alone ? "shift" : label };
 }
@@ -70,8 +84,17 @@ function withBorders(steps) {
   return merged(steps, (step, at, all) => {
     const pad = all[step.reads[0]];
     const before = pad === undefined ? undefined : all[pad.reads[0]];
-    const isBorder = step.label === "shift" && pad?.kind === "pad" && before?.label === "shift" && step.module === before.module;
-    return isBorder ? { into: { ...step, kind: "pad", label: "border", reads: before.reads }, gone: [step.reads[0], pad.reads[0]] } : null;
+    const isBorder =
+      step.label === "shift" &&
+      pad?.kind === "pad" &&
+      before?.label === "shift" &&
+      step.module === before.module;
+    return isBorder
+      ? {
+          into: { ...step, kind: "pad", label: "border", reads: before.reads },
+          gone: [step.reads[0], pad.reads[0]],
+        }
+      : null;
   });
 }
 
@@ -83,9 +106,17 @@ function withSums(steps) {
   const readers = steps.map((_, at) => steps.filter((step) => step.reads.includes(at)).length);
   return merged(steps, (step, at, all) => {
     if (step.label !== "+") return null;
-    const inner = step.reads.filter((read) => read >= 0 && all[read].label === "+" && readers[read] === 1);
+    const inner = step.reads.filter(
+      (read) => read >= 0 && all[read].label === "+" && readers[read] === 1,
+    );
     if (inner.length === 0) return null;
-    return { into: { ...step, reads: step.reads.flatMap((read) => (inner.includes(read) ? all[read].reads : [read])) }, gone: inner };
+    return {
+      into: {
+        ...step,
+        reads: step.reads.flatMap((read) => (inner.includes(read) ? all[read].reads : [read])),
+      },
+      gone: inner,
+    };
   });
 }
 
@@ -94,7 +125,13 @@ function withSums(steps) {
  * @param {ReturnType<typeof named>[]} steps
  */
 function withPassing(steps) {
-  const passing = steps.flatMap((step, at) => (step.reads.length > 1 ? step.reads.filter((read) => read < 0 || readBefore(steps, read, at)).map((read) => ({ at, read })) : []));
+  const passing = steps.flatMap((step, at) =>
+    step.reads.length > 1
+      ? step.reads
+          .filter((read) => read < 0 || readBefore(steps, read, at))
+          .map((read) => ({ at, read }))
+      : [],
+  );
   /** @type {ReturnType<typeof named>[]} */
   const result = [];
   const moved = new Map([[-1, -1]]);
@@ -102,10 +139,21 @@ function withPassing(steps) {
     const own = passing.filter((each) => each.at === at);
     const places = new Map();
     for (const { read } of own) {
-      result.push({ op: "", module: step.module, kernel: [], groups: 1, kind: "pass", label: "identity", reads: [moved.get(read) ?? -1] });
+      result.push({
+        op: "",
+        module: step.module,
+        kernel: [],
+        groups: 1,
+        kind: "pass",
+        label: "identity",
+        reads: [moved.get(read) ?? -1],
+      });
       places.set(read, result.length - 1);
     }
-    result.push({ ...step, reads: step.reads.map((read) => places.get(read) ?? moved.get(read) ?? -1) });
+    result.push({
+      ...step,
+      reads: step.reads.map((read) => places.get(read) ?? moved.get(read) ?? -1),
+    });
     moved.set(at, result.length - 1);
   });
   return result;

@@ -14,6 +14,7 @@ export async function* follow(path) {
   let last = "";
   for (;;) {
     try {
+      /** @type {Record<string, string>} */
       const headers = last === "" ? {} : { "Last-Event-ID": last };
       const answer = await call(path, { headers: { Accept: "text/event-stream", ...headers } });
       for await (const event of parsed(/** @type {ReadableStream<Uint8Array>} */ (answer.body))) {
@@ -30,7 +31,7 @@ export async function* follow(path) {
 
 /** @param {ReadableStream<Uint8Array>} body @returns {AsyncGenerator<ServerEvent>} */
 export async function* parsed(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = body.pipeThrough(/** @type {any} */ (new TextDecoderStream())).getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
@@ -52,5 +53,9 @@ function one(block) {
     if (name !== undefined) fields.set(name, value);
   }
   if (!fields.has("data")) return null; // a heartbeat
-  return { id: fields.get("id") ?? "", kind: fields.get("event") ?? "message", data: JSON.parse(fields.get("data")) };
+  return {
+    id: fields.get("id") ?? "",
+    kind: fields.get("event") ?? "message",
+    data: JSON.parse(fields.get("data")),
+  };
 }

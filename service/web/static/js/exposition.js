@@ -10,7 +10,11 @@ export function samples(text) {
   for (const line of text.split("\n")) {
     const [, name, labels, value] = /^([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)/.exec(line) ?? [];
     if (name === undefined) continue; // a comment, or the end
-    found.push({ name, labels: parsedLabels(labels ?? ""), value: Number(value.replace("Inf", "Infinity")) });
+    found.push({
+      name,
+      labels: parsedLabels(labels ?? ""),
+      value: Number(value.replace("Inf", "Infinity")),
+    });
   }
   return found;
 }
@@ -19,13 +23,17 @@ export function samples(text) {
 function parsedLabels(text) {
   /** @type {Record<string, string>} */
   const labels = {};
-  for (const [, name, value] of text.matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)) labels[name] = value.replace(/\\(.)/g, (_, sign) => (sign === "n" ? "\n" : sign));
+  for (const [, name, value] of text.matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g))
+    labels[name] = value.replace(/\\(.)/g, (_, sign) => (sign === "n" ? "\n" : sign));
   return labels;
 }
 
 /** The sum of a family's samples that `wanted` lets through. @param {Sample[]} all @param {string} name @param {(labels: Record<string, string>) => boolean} [wanted] */
 export function total(all, name, wanted = () => true) {
-  return all.reduce((sum, each) => (each.name === name && wanted(each.labels) ? sum + each.value : sum), 0);
+  return all.reduce(
+    (sum, each) => (each.name === name && wanted(each.labels) ? sum + each.value : sum),
+    0,
+  );
 }
 
 /**
@@ -50,13 +58,17 @@ export function buckets(all, name, wanted) {
  * @returns {number | null}
  */
 export function quantile(now, before, q) {
-  const counts = [...now].map(([bound, count]) => /** @type {[number, number]} */ ([bound, count - (before?.get(bound) ?? 0)]));
+  const counts = [...now].map(
+    ([bound, count]) =>
+      /** @type {[number, number]} */ ([bound, count - (before?.get(bound) ?? 0)]),
+  );
   const all = counts.length > 0 ? counts[counts.length - 1][1] : 0;
   if (all <= 0) return null;
   const rank = q * all;
   let [low, below] = [0, 0];
   for (const [bound, count] of counts) {
-    if (count >= rank) return bound === Infinity ? low : low + ((bound - low) * (rank - below)) / (count - below);
+    if (count >= rank)
+      return bound === Infinity ? low : low + ((bound - low) * (rank - below)) / (count - below);
     [low, below] = [bound, count];
   }
   return low;

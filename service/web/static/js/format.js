@@ -4,7 +4,12 @@ const THIN = "\u202f";
 
 /** 1512581120 is `1.51 G`. @param {number} value */
 export function count(value) {
-  for (const [size, sign] of /** @type {[number, string][]} */ ([[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]])) {
+  for (const [size, sign] of /** @type {[number, string][]} */ ([
+    [1e12, "T"],
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e4, "k"],
+  ])) {
     if (value >= size) return `${significant(value / (sign === "k" ? 1e3 : size))}${THIN}${sign}`;
   }
   return significant(value);
@@ -12,7 +17,11 @@ export function count(value) {
 
 /** 36650025 is `36.7 MB`. @param {number} value */
 export function bytes(value) {
-  for (const [size, sign] of /** @type {[number, string][]} */ ([[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]])) {
+  for (const [size, sign] of /** @type {[number, string][]} */ ([
+    [1e9, "GB"],
+    [1e6, "MB"],
+    [1e3, "kB"],
+  ])) {
     if (value >= size) return `${significant(value / size)}${THIN}${sign}`;
   }
   return `${value}${THIN}B`;
@@ -40,7 +49,9 @@ export function error(value) {
 
 /** @param {number} exponent */
 function superscript(exponent) {
-  return String(exponent).replace(/./g, (sign) => (sign === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(sign)]));
+  return String(exponent).replace(/./g, (sign) =>
+    sign === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(sign)],
+  );
 }
 
 /** 93784 seconds are `1 d 2 h`. @param {number} seconds */
@@ -52,8 +63,13 @@ export function duration(seconds) {
     [Math.floor(whole / 60) % 60, "min"],
     [whole % 60, "s"],
   ]);
-  const first = Math.max(0, parts.findIndex(([amount]) => amount > 0));
-  const some = parts.slice(first === 0 && parts[0][0] === 0 ? 3 : first, first + 2).filter(([amount], at) => amount > 0 || at === 0);
+  const first = Math.max(
+    0,
+    parts.findIndex(([amount]) => amount > 0),
+  );
+  const some = parts
+    .slice(first === 0 && parts[0][0] === 0 ? 3 : first, first + 2)
+    .filter(([amount], at) => amount > 0 || at === 0);
   return some.map(([amount, unit]) => `${amount}${THIN}${unit}`).join(" ");
 }
 

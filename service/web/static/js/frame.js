@@ -1,5 +1,6 @@
 // What every page has: the theme's button.
 
+/** @type {Record<string, string>} */
 const NEXT = { system: "light", light: "dark", dark: "system" };
 
 function setUpTheme() {
@@ -22,7 +23,9 @@ function setUpTheme() {
     show();
     dispatchEvent(new Event("themechange"));
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dispatchEvent(new Event("themechange")));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+    dispatchEvent(new Event("themechange")),
+  );
   show();
   button.hidden = false;
 }

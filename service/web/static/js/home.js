@@ -84,7 +84,13 @@ async function send(event) {
   byId("choose").focus({ preventScroll: true });
   const start = performance.now();
   try {
-    const resource = await upload(name, sent, config, (done, total) => conversion.uploaded(done, total, (performance.now() - start) / 1000), cancel.signal);
+    const resource = await upload(
+      name,
+      sent,
+      config,
+      (done, total) => conversion.uploaded(done, total, (performance.now() - start) / 1000),
+      cancel.signal,
+    );
     await conversion.follow(resource.version);
   } catch (error) {
     if (error instanceof DOMException && error.name === "AbortError") conversion.element.remove();
@@ -95,11 +101,21 @@ async function send(event) {
 
 /** A conversion that was under way when the page was opened. @param {any} version */
 function resume(version) {
-  const known = [...document.querySelectorAll(".conversion")].some((card) => card.getAttribute("data-key") === `${version.model}/${version.version}`);
+  const known = [...document.querySelectorAll(".conversion")].some(
+    (card) => card.getAttribute("data-key") === `${version.model}/${version.version}`,
+  );
   if (known) return;
-  const conversion = new Conversion(version.model, version.checkpoint.filename ?? "", version.checkpoint.bytes, version.version);
+  const conversion = new Conversion(
+    version.model,
+    version.checkpoint.filename ?? "",
+    version.checkpoint.bytes,
+    version.version,
+  );
   show(conversion);
-  conversion.follow(version.version).catch((error) => conversion.failed(error)).then(() => showModels(resume));
+  conversion
+    .follow(version.version)
+    .catch((error) => conversion.failed(error))
+    .then(() => showModels(resume));
 }
 
 function setUpDrop() {

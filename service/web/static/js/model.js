@@ -27,9 +27,13 @@ async function load() {
     for (const id of ["versions-section", "version", "summary"]) byId(id).hidden = true;
     return;
   }
-  fill(byId("model-actions"), deleteModelButton(name, (error) => fill(byId("model-problem"), errorBox(error))));
+  fill(
+    byId("model-actions"),
+    deleteModelButton(name, (error) => fill(byId("model-problem"), errorBox(error))),
+  );
   const numbers = model.versions.map((/** @type {any} */ each) => each.version);
-  if (shown === null || (!numbers.includes(shown) && model.next === null)) shown = model.default_version ?? numbers[0] ?? null;
+  if (shown === null || (!numbers.includes(shown) && model.next === null))
+    shown = model.default_version ?? numbers[0] ?? null;
   versions();
   await version();
 }
@@ -96,9 +100,17 @@ function state(found) {
     fill(byId("state-section"), found.error === null ? badge("rejected") : problemBox(found.error));
     return;
   }
-  const conversion = new Conversion(name, found.checkpoint.filename ?? "", found.checkpoint.bytes, found.version);
+  const conversion = new Conversion(
+    name,
+    found.checkpoint.filename ?? "",
+    found.checkpoint.bytes,
+    found.version,
+  );
   fill(byId("state-section"), conversion.element);
-  conversion.follow(found.version).catch((error) => conversion.failed(error)).then(load);
+  conversion
+    .follow(found.version)
+    .catch((error) => conversion.failed(error))
+    .then(load);
 }
 
 /** @param {any} found */
@@ -107,7 +119,8 @@ function inShort(found) {
   if (architecture === null) return `Version ${found.version} is ${found.state}.`;
   const parts = [architecture.name];
   if (architecture.input_shape !== null) parts.push(`input ${shape(architecture.input_shape)}`);
-  if (architecture.num_classes !== null) parts.push(plural(architecture.num_classes, "class").replace("classs", "classes"));
+  if (architecture.num_classes !== null)
+    parts.push(plural(architecture.num_classes, "class").replace("classs", "classes"));
   return `Version ${found.version}: ${parts.join(", ")}`;
 }
 

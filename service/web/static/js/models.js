@@ -24,7 +24,15 @@ function nothing() {
     "div",
     { class: "card empty stack" },
     h("p", {}, "No model yet. Drop a checkpoint above, or upload one from a terminal:"),
-    h("pre", {}, h("code", {}, `curl -F checkpoint=@RepVGG-A0-train.pth -H 'Prefer: wait=120' \\\n     ${location.origin}/v1/models/repvgg-a0/versions`)),
+    h(
+      "pre",
+      {},
+      h(
+        "code",
+        {},
+        `curl -F checkpoint=@RepVGG-A0-train.pth -H 'Prefer: wait=120' \\\n     ${location.origin}/v1/models/repvgg-a0/versions`,
+      ),
+    ),
   );
 }
 
@@ -34,19 +42,34 @@ function table(page, health, underWay) {
   const more = h("button", { type: "button", class: "small" }, "Show more");
   const rows = (/** @type {any} */ from) => {
     for (const model of from.items) {
-      const row = h("tr", {}, h("th", { scope: "row" }, h("a", { href: `/models/${model.name}` }, model.name)), ...Array.from({ length: 4 }, () => h("td", {}, "\u00a0")));
+      const row = h(
+        "tr",
+        {},
+        h("th", { scope: "row" }, h("a", { href: `/models/${model.name}` }, model.name)),
+        ...Array.from({ length: 4 }, () => h("td", {}, "\u00a0")),
+      );
       body.append(row);
       fillRow(row, model, health, underWay);
     }
     more.hidden = from.next === null;
-    more.onclick = () => getJson(from.next).then(rows, (error) => more.replaceWith(errorBox(error)));
+    more.onclick = () =>
+      getJson(from.next).then(rows, (error) => more.replaceWith(errorBox(error)));
   };
   rows(page);
   const heads = ["Model", "State", "Network", "Convolutions", "Latency saved"];
   return h(
     "div",
     { class: "stack" },
-    h("div", { class: "card tight" }, h("table", { class: "folding" }, h("thead", {}, h("tr", {}, ...heads.map((name) => h("th", { scope: "col" }, name)))), body)),
+    h(
+      "div",
+      { class: "card tight" },
+      h(
+        "table",
+        { class: "folding" },
+        h("thead", {}, h("tr", {}, ...heads.map((name) => h("th", { scope: "col" }, name)))),
+        body,
+      ),
+    ),
     more,
   );
 }
@@ -59,11 +82,28 @@ async function fillRow(row, model, health, underWay) {
     const newest = versions[0];
     const serving = versions.find((/** @type {any} */ each) => each.default) ?? newest;
     if (newest === undefined) return fill(state, "no versions");
-    fill(state, badge(serving.state), " ", h("small", {}, `version ${serving.version}${also(newest, serving)}`));
-    fill(network, serving.architecture?.name ?? h("span", { class: "faint" }, serving.error?.title ?? "not known yet"));
-    if (serving.fusion !== null) fill(convolutions, `${serving.fusion.convolutions_before} → ${serving.fusion.convolutions_after}`);
+    fill(
+      state,
+      badge(serving.state),
+      " ",
+      h("small", {}, `version ${serving.version}${also(newest, serving)}`),
+    );
+    fill(
+      network,
+      serving.architecture?.name ??
+        h("span", { class: "faint" }, serving.error?.title ?? "not known yet"),
+    );
+    if (serving.fusion !== null)
+      fill(
+        convolutions,
+        `${serving.fusion.convolutions_before} → ${serving.fusion.convolutions_after}`,
+      );
     if (serving.fusion !== null) fill(saved, saving(health, model.name, serving.version));
-    [network, convolutions, saved].forEach((cell, at) => cell.textContent.trim() !== "" && cell.setAttribute("data-label", ["Network", "Convolutions", "Latency saved"][at]));
+    [network, convolutions, saved].forEach(
+      (cell, at) =>
+        cell.textContent.trim() !== "" &&
+        cell.setAttribute("data-label", ["Network", "Convolutions", "Latency saved"][at]),
+    );
     if (newest.state === "queued" || newest.state === "converting") underWay(newest);
   } catch (error) {
     fill(state, errorBox(error));
@@ -77,10 +117,17 @@ function also(newest, serving) {
 
 /** The best measured saving. @param {any} health @param {string} model @param {number} version */
 function saving(health, model, version) {
-  const row = health.models.find((/** @type {any} */ each) => each.model === model && each.version === version);
-  if (row === undefined || row.latency_saving === null) return h("span", { class: "faint" }, "not measured");
-  const claimed = row.latency_saving.batches.filter((/** @type {any} */ each) => each.saving_percent !== null);
+  const row = health.models.find(
+    (/** @type {any} */ each) => each.model === model && each.version === version,
+  );
+  if (row === undefined || row.latency_saving === null)
+    return h("span", { class: "faint" }, "not measured");
+  const claimed = row.latency_saving.batches.filter(
+    (/** @type {any} */ each) => each.saving_percent !== null,
+  );
   if (claimed.length === 0) return h("span", { class: "faint" }, "no claim");
-  const best = claimed.reduce((/** @type {any} */ a, /** @type {any} */ b) => (b.saving_percent > a.saving_percent ? b : a));
+  const best = claimed.reduce((/** @type {any} */ a, /** @type {any} */ b) =>
+    b.saving_percent > a.saving_percent ? b : a,
+  );
   return `${significant(best.saving_percent)} % at ${plural(best.batch_size, "row")}`;
 }

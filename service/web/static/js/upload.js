@@ -4,7 +4,10 @@ import { parsedProblem, Refusal, UNREACHABLE } from "./api.js";
 /** What the command's client makes of a file name too: `RepVGG-A0-train.pth` gives `repvgg-a0-train`. @param {string} file */
 export function modelName(file) {
   const stem = file.replace(/(\.(pth|pt2?|tar|safetensors|hdf5|h5|bundle))+$/i, "").toLowerCase();
-  return stem.replace(/[^a-z0-9._-]+/g, "-").replace(/^[._-]+|[._-]+$/g, "").slice(0, 63);
+  return stem
+    .replace(/[^a-z0-9._-]+/g, "-")
+    .replace(/^[._-]+|[._-]+$/g, "")
+    .slice(0, 63);
 }
 
 /**
@@ -30,7 +33,9 @@ function send(model, file, config, progress, signal) {
     const request = new XMLHttpRequest();
     request.open("POST", `/v1/models/${encodeURIComponent(model)}/versions`);
     request.upload.addEventListener("progress", (event) => progress(event.loaded, event.total));
-    request.addEventListener("load", () => resolve({ status: request.status, body: request.responseText }));
+    request.addEventListener("load", () =>
+      resolve({ status: request.status, body: request.responseText }),
+    );
     request.addEventListener("error", () => reject(new Refusal(UNREACHABLE)));
     request.addEventListener("abort", () => reject(new DOMException("Cancelled", "AbortError")));
     signal.addEventListener("abort", () => request.abort());
