@@ -45,7 +45,7 @@ export function chart(place, data, options) {
       font,
       labelFont: font,
     };
-    plot = new (/** @type {any} */ (globalThis).uPlot)(
+    plot = new /** @type {any} */ (globalThis).uPlot(
       {
         width: Math.max(place.clientWidth, 200),
         height: Math.max(place.clientHeight, 160),
