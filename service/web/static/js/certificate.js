@@ -77,6 +77,7 @@ export function certificateCard(version) {
       h("p", {}, h("span", { class: "badge ready" }, "proved equal")),
       ...inWords(version).map((text) => h("p", {}, text)),
       probes(certificate),
+      served(version.execution),
     ),
     errors.length > 0 && h("div", { class: "scales" }, ...errors),
   );
@@ -94,6 +95,15 @@ function probes(certificate) {
     { class: "hint" },
     `${plural(certificate.probes, "probe")}, seed ${certificate.seed}${seconds}. The errors of every block are in the report.`,
   );
+}
+
+/** How it ran where it was published, and what was measured to choose that. @param {any} execution */
+function served(execution) {
+  if (!execution?.backend) return null;
+  const version = (execution.backend_version ?? "").split("-")[0];
+  const how = [`${execution.backend} ${version}`.trim(), execution.precision, execution.device];
+  const notes = (execution.notes ?? []).map((/** @type {string} */ note) => ` ${note}.`).join("");
+  return h("p", { class: "hint" }, `Published with ${how.filter(Boolean).join(", ")}.${notes}`);
 }
 
 const LOWEST = -17;
