@@ -15,20 +15,21 @@ def pages(shown: str) -> list[str]:
     return ["/", f"/models/{shown}", "/service", "/docs", "/problems", "/login"]
 
 
-def violations(web: Watched) -> list[str]:
-    """What axe-core finds wrong on the page as it is shown now."""
-    found = Axe().run(web.page).response["violations"]
+def violations(web: Watched, *rules: str) -> list[str]:
+    """What axe-core finds wrong on the page as it is shown now, by all rules or those named."""
+    options = {"runOnly": list(rules)} if rules else None
+    found = Axe().run(web.page, options=options).response["violations"]
     return [f"{each['id']}: {node['html'][:200]}" for each in found for node in each["nodes"]]
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(("theme", "rules"), [("light", ()), ("dark", ("color-contrast",))])
 def test_pages_are_accessible_in_both_themes(
-    open_page: Callable[..., Watched], shown: str, theme: str
+    open_page: Callable[..., Watched], shown: str, theme: str, rules: tuple[str, ...]
 ) -> None:
     web = open_page(theme=theme)
     for path in pages(shown):
         web.go(path)
-        assert violations(web) == [], path
+        assert violations(web, *rules) == [], path
 
 
 def test_axe_sees_what_is_wrong(open_page: Callable[..., Watched]) -> None:
@@ -38,6 +39,8 @@ def test_axe_sees_what_is_wrong(open_page: Callable[..., Watched]) -> None:
         "document.querySelector('h1').replaceChildren(document.createElement('button'))"
     )
     assert any("button-name" in each for each in violations(web))
+    web.page.evaluate("document.querySelector('.lead').style.color = '#ccc'")
+    assert any("color-contrast" in each for each in violations(web, "color-contrast"))
 
 
 @pytest.mark.parametrize("width", [360, 768])
