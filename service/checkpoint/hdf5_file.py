@@ -25,6 +25,7 @@ from service.errors import (
     ExternalReference,
     FilteredDataset,
     FoldserveError,
+    LimitExceeded,
     NestingTooDeep,
     NotACheckpoint,
     PolyglotFile,
@@ -34,6 +35,8 @@ from service.errors import (
 
 _MAX_DEPTH = 16
 _MAX_AXES = 32
+_MAX_LINKS = 10_000
+"""The library takes 0.3 ms and 13 kB for each dataset, however small."""
 _NOT_WEIGHTS = "deps"
 """ACNet stores the widths of its layers beside the weights, as whole numbers under this name."""
 _DTYPES = {
@@ -110,6 +113,11 @@ class _Walk:
         self._links += group.id.get_num_objs()
         if self._links > self._limits.tensors:
             raise exceeded(self._limits, "tensors", f"The file has {self._links} links")
+        if self._links > _MAX_LINKS:
+            raise LimitExceeded(
+                f"The HDF5 file has {self._links} links; at most {_MAX_LINKS} are read.",
+                remedy="Save it as safetensors or with torch.save.",
+            )
         for name in group:
             key = prefix + name.replace("+", "/")
             if len(key) > self._limits.key_characters:

@@ -24,6 +24,8 @@ from service.errors import (
     FoldserveError,
     MixedForm,
 )
+from service.hosting import worker_limits
+from service.settings import Settings
 
 from .forge import MIB
 
@@ -353,6 +355,13 @@ def test_an_idle_child_leaves_the_processors_to_others(scratch: Path) -> None:
             process.kill()
             process.wait()
     assert waited > 1.2, "time in which it was not let run was counted against it"
+
+
+def test_conversions_are_idle_unless_the_settings_say_otherwise() -> None:
+    for priority, nice, idle in (("idle", 19, True), ("low", 19, False), ("normal", 0, False)):
+        limits = worker_limits(Settings(conversion_priority=priority)).child
+        assert (limits.nice, limits.idle, limits.threads) == (nice, idle, 1)
+    assert worker_limits(Settings()).child.idle, "the default"
 
 
 def test_an_idle_child_says_so(scratch: Path) -> None:

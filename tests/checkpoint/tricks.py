@@ -199,6 +199,11 @@ def hdf5(write: Callable[[Any], object]) -> Make:
     return make
 
 
+def many_links(file: Any) -> None:
+    for index in range(10_000):
+        file[f"w{index}"] = file["ok"]
+
+
 def virtual(file: Any) -> None:
     layout = h5py.VirtualLayout((4,), "f4")
     layout[:] = h5py.VirtualSource("other.hdf5", "secret", (4,))
@@ -437,6 +442,7 @@ TRICKS = (
         "tensor_out_of_range",
         hdf5(lambda f: f.create_dataset("w", (10**10,), "f4")),
     ),
+    Trick("HDF5 file of ten thousand names", "limit_exceeded", hdf5(many_links)),
     Trick("HDF5 dataset under a hundred names", "alias_bomb", hdf5(many_names)),
     Trick(
         "HDF5 group that contains itself",
