@@ -1,6 +1,6 @@
 """`python -m benchmarks [NAME] [options]`: run one benchmark, or `engine` if none is named.
 
-Names: conformance, decoding, engine, fusing, orepa, server. Each lists its options with `--help`.
+Names: conformance, decoding, engine, fusing, gpu, orepa, server, shares. `--help` lists options.
 """
 
 from __future__ import annotations
@@ -8,7 +8,16 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("conformance", "decoding", "engine", "fusing", "orepa", "server")
+BENCHMARKS = (
+    "conformance",
+    "decoding",
+    "engine",
+    "fusing",
+    "gpu",
+    "orepa",
+    "server",
+    "shares",
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,72 +1,68 @@
-"""What fusing a network is worth, engine by engine, on this machine.
+"""Every engine and precision, training form against deploy form, on this machine's CPU.
 
-    python -m benchmarks.engine                      RepVGG-A0 at 224x224, batch 1, 8 and 32
-    python -m benchmarks.engine --help               other networks, batches, precisions, devices
+    python -m benchmarks engine                      RepVGG-A0 at 224x224, batch 1, 8, 32 and 128
+    python -m benchmarks engine --help               other networks, batches, precisions
 
-Builds a training-form network with seeded weights and varied batch-norm statistics, fuses it, and
-compares pairs that each differ in one thing: the training form against the deploy form in every
-engine (what fusion is worth), and the plain module as people serve it by mistake against each
-engine's deploy form (what the service is worth). Every pair is interleaved, with the second of the
-two measured against itself as a control; without a quiet enough machine there is no claim.
+Builds a training-form network with seeded weights and varied batch-norm statistics and fuses it.
+Every way runs in turns with the plain training module in eager PyTorch, which is what people serve
+by mistake, and that one runs twice, as a control. Speed only: how well lower precisions agree
+depends on trained weights, and the service certifies it for each upload.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from service.bench import BatchComparison, BenchPlan, Comparison, Subject, compare
+from benchmarks.arms import RESULTS, Arm, Batch, heading, measure, save, table
 from service.fusion import certify, fuse
 from service.graph import Program, trace
 from service.networks import known_names, make_network
-from service.serving import LoadOptions, Precision, available_cpus, backend_named, backend_names
-from service.serving.backends.torch_cpu import cpu_name
+from service.serving import Backend, Precision, available_cpus, backend_names
+from service.serving.backends.choices import Choices
+from service.serving.backends.openvino_backend import OpenVinoBackend
+from service.serving.backends.quantise import is_installed as can_quantise
+from service.serving.backends.torch_backend import TorchBackend
 
-HEADER = (
-    f"{'batch':>5} {'rounds':>6}  {'baseline ms':>24}  {'candidate ms':>24}  "
-    f"{'speed-up':>22}  {'control':>7}  {'saving':>7}  verdict"
-)
+PRECISIONS: dict[str, tuple[Precision, ...]] = {
+    "torch": ("float32", "bfloat16"),
+    "openvino": ("float32", "bfloat16", "int8"),
+}
+CALIBRATION_ROWS = 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; answers the exit status."""
     options = _parser().parse_args(arguments)
-    options.place = LoadOptions(device=options.device).place
     torch.set_num_threads(options.threads)
-    plan = BenchPlan(
-        batch_sizes=tuple(options.batches), budget_seconds=options.seconds, seed=options.seed
-    )
     module = network(options.network, options.seed).eval()
-    size = options.size
-    train = trace(module, (torch.zeros(1, 3, size, size),))
+    train = trace(module, (torch.zeros(1, 3, options.size, options.size),))
     fusion = fuse(train)
     certificate = certify(fusion)
     totals = fusion.report.to_dict()["totals"]
-    print(f"{options.network}, {size}x{size}, {options.precision}, {options.threads} threads")
-    print(f"certificate {'passed' if certificate.passed else 'FAILED'}; {json.dumps(totals)}")
-    results = []
-    for title, baseline, candidate in _pairs(module, train, fusion.program, options):
-        result = compare(baseline, candidate, _input(size), plan)
-        results.append(result)
-        print("\n".join(table(title, result)), flush=True)
-    print(f"\n{cpu_name()}; {json.dumps(dict(results[0].environment))}; {results[0].started}")
-    if options.json:
-        data: dict[str, Any] = {
-            "network": options.network,
-            "input": [3, size, size],
-            "totals": totals,
-            "certificate": certificate.to_dict(),
-            "comparisons": [result.to_dict() for result in results],
-        }
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    print(f"certificate {'passed' if certificate.passed else 'FAILED'}", flush=True)
+    arms = list(_arms(module, train, fusion.program, options))
+    rows = []
+    for group in measure(arms, images(options.size), options.batches, options.seconds):
+        rows += group
+        print("\n".join(table(group)), flush=True)
+    data: dict[str, Any] = {
+        "network": options.network,
+        "input": [3, options.size, options.size],
+        "totals": totals,
+        "certificate": certificate.to_dict(),
+        "environment": heading(options.threads),
+        "ways": {arm.name: dict(arm.about) for arm in arms},
+        "measured": [row.to_dict() for row in rows],
+    }
+    title = f"Engines: {options.network}, {options.size}x{options.size}, {options.threads} threads"
+    save("engine", title, data, list(table(rows)), options.out)
     return 0
 
 
@@ -87,66 +83,58 @@ def with_seen_data(module: nn.Module) -> nn.Module:
     return module
 
 
-def table(title: str, result: Comparison) -> Iterator[str]:
-    """The comparison as lines of text: medians with quartiles, ratio with interval, control."""
-    yield f"\n{title}: {result.baseline} -> {result.candidate}"
-    for name, about in result.descriptions.items():
-        chosen = {key: about[key] for key in ("backend", "layout", "threads") if key in about}
-        yield f"  {name}: {chosen} {' '.join(about.get('notes', ()))}"
-    yield HEADER
-    yield from (_row(batch) for batch in result.batches)
+def eager(module: nn.Module) -> Callable[[Batch], object]:
+    """What runs a batch through a module without gradients."""
 
-
-def _row(batch: BatchComparison) -> str:
-    def latency(q: Any) -> str:
-        return f"{q.p50 * 1e3:8.2f} ({q.p25 * 1e3:.2f}-{q.p75 * 1e3:.2f})"
-
-    interval = f"{batch.ratio_interval.low:.2f}-{batch.ratio_interval.high:.2f}"
-    saving = "" if batch.saving_percent is None else f"{batch.saving_percent:.1f} %"
-    return (
-        f"{batch.batch_size:>5} {batch.rounds:>6}  {latency(batch.baseline):>24}  "
-        f"{latency(batch.candidate):>24}  {f'{batch.ratio:.2f} ({interval})':>22}  "
-        f"{batch.control_ratio:>7.3f}  {saving:>7}  {batch.verdict}"
-    )
-
-
-def _pairs(
-    module: nn.Module, train: Program, deploy: Program, options: argparse.Namespace
-) -> Iterator[tuple[str, Subject, Subject]]:
-    plain = Subject("training module, eager", _eager(module), {"backend": "torch module"})
-    for backend in options.backends:
-        before = _prepared("training form", train, backend, "float32", options)
-        after = _prepared("deploy form", deploy, backend, "float32", options)
-        yield f"fusion in {backend}, float32", before, after
-        served = after
-        if options.precision != "float32":
-            served = _prepared("deploy form", deploy, backend, options.precision, options)
-            yield f"precision in {backend}", replace(after, name="deploy form, float32"), served
-        if options.place == "cpu":
-            yield f"everything, {backend} {options.precision}", plain, served
-
-
-def _prepared(
-    name: str, program: Program, backend: str, precision: Precision, options: argparse.Namespace
-) -> Subject:
-    prepared = backend_named(backend).prepare(program, options.place, precision, options.batches)
-    for _ in prepared.warm():
-        pass
-    full = f"{name}, {backend} {precision}"
-    return Subject(full, prepared.run, prepared.describe().to_dict())
-
-
-def _eager(module: nn.Module) -> Callable[[tuple[Tensor, ...]], object]:
-    def run(batch: tuple[Tensor, ...]) -> object:
+    def run(batch: Batch) -> object:
         with torch.inference_mode():
             return module(*batch)
 
     return run
 
 
-def _input(size: int) -> Callable[[int], tuple[Tensor, ...]]:
+def images(size: int) -> Callable[[int], Batch]:
+    """What makes a batch of normally distributed images."""
     random = torch.Generator().manual_seed(0)
     return lambda batch: (torch.randn(batch, 3, size, size, generator=random),)
+
+
+def prepared(
+    name: str,
+    backend: Backend,
+    program: Program,
+    precision: Precision,
+    batches: Sequence[int],
+    device: str = "cpu",
+) -> Arm:
+    """An arm that is warm; int8 takes its ranges from random images."""
+    shape = program.inputs[0].sized(CALIBRATION_ROWS)
+    own = (torch.randn(shape),) if precision == "int8" else None
+    made = backend.prepare(program, device, precision, batches, own)
+    for _ in made.warm():
+        pass
+    return Arm(name, made.run, made.describe().to_dict())
+
+
+def _arms(
+    module: nn.Module, train: Program, deploy: Program, options: argparse.Namespace
+) -> Iterator[Arm]:
+    yield Arm("training form, eager module", eager(module))
+    sizes, choices = sorted({1, *options.batches}), Choices()
+    backends: dict[str, Backend] = {
+        "torch": TorchBackend(choices),
+        "openvino": OpenVinoBackend(choices),
+    }
+    for name in options.backends:
+        for precision in PRECISIONS[name]:
+            if precision not in options.precisions or (precision == "int8" and not can_quantise()):
+                continue
+            for form, program in (("training", train), ("deploy", deploy)):
+                if form == "training" and precision != "float32":
+                    continue  # what fusing is worth is told in float32
+                print(f"preparing {form} form, {name} {precision}", flush=True)
+                title = f"{form} form, {name} {precision}"
+                yield prepared(title, backends[name], program, precision, sizes)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,19 +143,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--network", default="RepVGG-A0", choices=known_names(), metavar="NAME")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
-    parser.add_argument("--batches", type=_numbers, default=[1, 8, 32], help="such as 1,8,32")
-    parser.add_argument("--seconds", type=float, default=40.0, help="budget of one pair")
-    parser.add_argument("--precision", default="float32")
-    parser.add_argument("--backends", type=lambda t: t.split(","), default=list(backend_names()))
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
+    parser.add_argument("--batches", type=numbers, default=[1, 8, 32, 128], help="such as 1,8,32")
+    parser.add_argument("--seconds", type=float, default=150.0, help="budget of all batch sizes")
+    parser.add_argument("--precisions", type=words, default=["float32", "bfloat16", "int8"])
+    parser.add_argument("--backends", type=words, default=list(backend_names()))
     parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Whole numbers separated by commas."""
     return [int(part) for part in text.split(",")]
+
+
+def words(text: str) -> list[str]:
+    """Words separated by commas."""
+    return text.split(",")
 
 
 if __name__ == "__main__":

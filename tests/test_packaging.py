@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Declared because something loads them by name: the server its loop and parser, the conversion's
 # child its filter, the catalog its driver.
-LOADED_BY_NAME = {"uvloop", "httptools", "pyseccomp"}
+LOADED_BY_NAME = {"uvloop", "httptools", "pyseccomp", "openvino"}
 EXTRAS = ("demo", "test", "int8", "postgres", "grpc", "onnx")
 MODULES = {
     "pillow": "PIL",

@@ -1,4 +1,4 @@
-"""The engine benchmark as a command, on the smallest work that is still all of it."""
+"""The engine benchmarks as commands, on the smallest work that is still all of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.arms import Arm, contention, measure
 
 
 @pytest.fixture(autouse=True)
@@ -22,24 +23,66 @@ def _threads() -> Iterator[None]:
 def test_it_fuses_certifies_measures_and_writes_what_it_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "engine.json"
     status = main(
-        f"engine --size 32 --batches 1,2 --seconds 0.6 --threads 1 --json {out}"
-        " --backends torch".split()
+        f"engine --size 32 --batches 1,2 --seconds 0.6 --threads 1 --out {tmp_path}"
+        " --backends torch --precisions float32".split()
     )
     assert status == 0
     printed = capsys.readouterr().out
     assert "certificate passed" in printed
-    assert "training form, torch float32 -> deploy form, torch float32" in printed
-    data = json.loads(out.read_text())
+    data = json.loads((tmp_path / "engine.json").read_text())
     assert data["totals"]["convolutions_before"] == 44
     assert data["totals"]["convolutions_after"] == 22
-    for comparison in data["comparisons"]:
-        assert [batch["batch_size"] for batch in comparison["batches"]] == [1, 2]
-        assert all(batch["baseline"]["p50"] > 0 for batch in comparison["batches"])
-        assert comparison["environment"]["torch_threads"] == 1
+    assert data["environment"]["threads"] == 1
+    assert len(data["ways"]) == 3
+    assert [(row["batch"], row["arm"][:6]) for row in data["measured"]] == [
+        (size, name) for size in (1, 2) for name in ("traini", "traini", "deploy", "the fi")
+    ]
+    assert all(row["seconds"]["p50"] > 0 for row in data["measured"])
+    for line in (tmp_path / "engine.md").read_text().splitlines():
+        assert line in printed
+
+
+def test_shares_multiply_to_the_whole(tmp_path: Path) -> None:
+    status = main(
+        f"shares --size 32 --batches 2 --seconds 0.6 --threads 1 --out {tmp_path}".split()
+    )
+    assert status == 0
+    lines = (tmp_path / "shares.md").read_text().splitlines()
+    steps = [line.split("|")[2:5] for line in lines if line.count("|") == 5][2:]
+    assert [step[0].strip() for step in steps][:4] == [
+        "fusing",
+        "engine",
+        "threads",
+        "precision bfloat16",
+    ]
+    product = 1.0
+    for _, times, whole in steps[:4]:
+        product *= float(times)
+        assert product == pytest.approx(float(whole), rel=0.05)
+
+
+def test_a_control_that_differs_takes_the_claim_away() -> None:
+    calls = iter(range(10**6))
+
+    def wavering(batch: object) -> None:
+        torch.zeros(200_000 * (1 + next(calls) % 2)).sin()
+
+    quick = Arm("quick", lambda batch: None)
+    groups = list(measure([Arm("first", wavering), quick], lambda n: (torch.zeros(n),), [1], 0.3))
+    (rows,) = groups
+    assert rows[1].speedup > 10
+    assert rows[0].speedup == 1
+    assert all(row.claim == (abs(row.control - 1) <= 0.02) for row in rows)
+
+
+def test_busy_processes_end_with_what_they_disturb() -> None:
+    with contention(1, 30):
+        pass
+    with contention(0, 30):
+        pass
 
 
 def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["turbo"]) == 2
-    assert "known: engine" in capsys.readouterr().err
+    assert "engine" in capsys.readouterr().err

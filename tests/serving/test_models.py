@@ -145,7 +145,8 @@ def test_a_load_that_fails_leaves_everything_as_it_was(
     asyncio.run(scenario())
 
 
-def test_hot_swaps_under_load_fail_nobody(programs: list[Program]) -> None:
+@pytest.mark.parametrize("swaps", [40, pytest.param(200, marks=pytest.mark.soak)])
+def test_hot_swaps_under_load_fail_nobody(programs: list[Program], swaps: int) -> None:
     async def scenario() -> None:
         models = ModelSet()
         await models.load("m", 1, {"deploy": lambda: programs[0]}, CPU)
@@ -157,7 +158,7 @@ def test_hot_swaps_under_load_fail_nobody(programs: list[Program]) -> None:
                 seen.append(_factor(await models.predict("m", ROW)))
 
         clients = [asyncio.create_task(client()) for _ in range(8)]
-        for swap in range(25):
+        for swap in range(swaps):
             program = programs[swap % 4]
             version = 1 + swap % 2
             await models.load("m", version, {"deploy": lambda program=program: program}, CPU)

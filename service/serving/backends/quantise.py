@@ -20,6 +20,11 @@ from service.errors import BackendFailed
 STEP_ROWS = 8
 
 
+def is_installed() -> bool:
+    """Whether the optional package nncf is here."""
+    return find_spec("nncf") is not None
+
+
 def quantised(model: Any, calibration: tuple[Tensor, ...] | None) -> tuple[Any, str]:
     """The OpenVINO `model` in int8 with ranges from `calibration`, and a note about how.
 
@@ -31,7 +36,7 @@ def quantised(model: Any, calibration: tuple[Tensor, ...] | None) -> tuple[Any, 
             "int8 needs inputs of yours to set the ranges of its activations.",
             remedy="Upload them beside the checkpoint, as the part `calibration`.",
         )
-    if find_spec("nncf") is None:
+    if not is_installed():
         raise BackendFailed(
             "int8 needs the package nncf, which is not installed.",
             remedy="Install foldserve[int8], or choose another precision in `config`.",

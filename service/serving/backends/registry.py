@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from service.errors import BackendFailed
+from service.serving.backends import quantise
 from service.serving.backends.auto_backend import AutoBackend
 from service.serving.backends.base import Backend
 from service.serving.backends.choices import Choices
@@ -21,7 +20,7 @@ def backend_names() -> tuple[str, ...]:
 
 def can_quantise() -> bool:
     """Whether int8 is possible here: OpenVINO computes it, the package nncf prepares it."""
-    return is_installed() and find_spec("nncf") is not None
+    return is_installed() and quantise.is_installed()
 
 
 def backend_named(name: str, choices: Choices | None = None, threads: int = 0) -> Backend:

@@ -14,7 +14,6 @@ from torch import Tensor
 from service.errors import BackendFailed
 from service.graph import Program, ProgramModule
 from service.serving.backends.base import Description, Precision
-from service.serving.backends.choices import Choices
 from service.serving.backends.rows import (
     as_outputs,
     checked_sizes,
@@ -51,7 +50,6 @@ class TorchCuda:
         device: str,
         precision: Precision,
         batch_sizes: Sequence[int],
-        choices: Choices | None = None,
     ) -> None:
         if precision == "int8":
             raise BackendFailed(
@@ -67,20 +65,34 @@ class TorchCuda:
         self._dtypes = [computing_dtype(spec, precision) for spec in self.inputs]
         images = any(len(spec.shape) == 3 for spec in self.inputs)
         self._layout = torch.channels_last if images else torch.contiguous_format
-        self._choices = choices or Choices()
         self._threads = torch.get_num_threads()
         self._notes: tuple[str, ...] = ()
+        self._captured: dict[int, _Captured] = {}
+        self._module: ProgramModule | None = None
+        self._staging: list[Tensor] = []
+        self._input: list[Tensor] = []
         computing = computing_program(program, precision, self._layout)
         self._bytes = computing.weight_bytes
-        self._module: ProgramModule | None = ProgramModule(computing).to(self._device)
+        try:
+            self._allocate(computing)
+        except RuntimeError as error:  # out of memory, or a device that is lost or not there
+            self.close()
+            raise BackendFailed(
+                f"The program does not fit onto {device}: {_first_line(error)}",
+                remedy="Unload other models, lower FOLDSERVE_MAX_BATCH, or use a larger device.",
+            ) from error
+
+    def _allocate(self, computing: Program) -> None:
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._module = ProgramModule(computing).to(self._device)
         largest = self.batch_sizes[-1]
         self._staging = [
             torch.zeros((largest, *spec.shape), dtype=spec.dtype, pin_memory=True)
             for spec in self.inputs
         ]
         self._input = [torch.zeros_like(staged, device=self._device) for staged in self._staging]
-        self._captured: dict[int, _Captured] = {}
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        # Zeros and weights were written on this thread's stream, and another one reads them.
+        torch.cuda.synchronize(self._device)
 
     def warm(self) -> Iterator[None]:
         """Capture a graph per prepared size, then run every one of them."""
@@ -94,7 +106,7 @@ class TorchCuda:
             raise BackendFailed("The program was unloaded.")
         rows = len(batch[0])
         size = padded_size(self.batch_sizes, rows)
-        with torch.inference_mode(), torch.cuda.stream(self._stream), self._arithmetic():
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
             for column, staging, place in zip(batch, self._staging, self._input, strict=True):
                 staging[:rows].copy_(column)
                 place[:rows].copy_(staging[:rows], non_blocking=True)
@@ -102,7 +114,8 @@ class TorchCuda:
                 captured.graph.replay()
                 outputs = captured.outputs
             else:
-                outputs = self._forward(rows)
+                with self._arithmetic():
+                    outputs = self._forward(rows)
             answers = [
                 torch.empty((rows, *o.shape[1:]), dtype=o.dtype, pin_memory=True) for o in outputs
             ]
@@ -127,8 +140,12 @@ class TorchCuda:
 
     def close(self) -> None:
         self._module = None
+        for captured in self._captured.values():
+            captured.graph.reset()
         self._captured.clear()
-        torch.cuda.empty_cache()
+        self._staging, self._input = [], []
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _forward(self, rows: int) -> tuple[Tensor, ...]:
         assert self._module is not None
@@ -148,8 +165,8 @@ class TorchCuda:
             except RuntimeError as error:
                 log.warning("CUDA graph capture failed, the program runs eagerly: %s", error)
                 self._captured.clear()
-                first = str(error).partition("\n")[0]
-                self._notes = (f"runs eagerly: CUDA graph capture failed ({first})",)
+                torch.cuda.empty_cache()
+                self._notes = (f"runs eagerly: CUDA graph capture failed ({_first_line(error)})",)
                 return
             yield
 
@@ -168,11 +185,23 @@ class TorchCuda:
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        allow = self._precision == "tf32"
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allow
+        """PyTorch's flags for what is computed or captured inside; a replay needs none."""
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision  # type: ignore[attr-defined]
+        wanted = "tf32" if self._precision == "tf32" else "ieee"
+        _set_arithmetic(True, wanted, wanted)
         try:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allow):
-                yield
+            yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            _set_arithmetic(*before)
+
+
+def _set_arithmetic(benchmark: bool, convolutions: str, products: str) -> None:
+    # One setting each, by the names of torch 2.9 and later: the older ones may not be mixed in.
+    torch.backends.cudnn.benchmark = benchmark
+    torch.backends.cudnn.conv.fp32_precision = convolutions  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = products
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
