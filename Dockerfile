@@ -21,13 +21,13 @@ COPY service/__init__.py service/
 FROM build AS build-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG PIP_OPTIONS=""
-RUN sh install.sh needs openvino,postgres --find-links wheels ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} ${PIP_OPTIONS}
+RUN sh install.sh needs postgres,grpc --find-links wheels ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} ${PIP_OPTIONS}
 COPY service service
 RUN sh install.sh code
 
 FROM build AS build-cuda
 ARG PIP_OPTIONS=""
-RUN sh install.sh needs postgres --find-links wheels ${PIP_OPTIONS}
+RUN sh install.sh needs postgres,grpc --find-links wheels ${PIP_OPTIONS}
 COPY service service
 RUN sh install.sh code
 

@@ -23,6 +23,9 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    epilog="Exit status: 0 done, 1 refused (the reason and its remedy are printed) or no service "
+    "answers, 2 wrong usage. `foldserve COMMAND --help` tells more; `--install-completion` "
+    "completes commands in your shell.",
 )
 
 

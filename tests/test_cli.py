@@ -54,6 +54,7 @@ def test_help_of_everything() -> None:
     assert whole.returncode == 0
     for command in COMMANDS:
         assert command in whole.stdout
+    assert "Exit status: 0 done, 1 refused" in whole.stdout
     assert foldserve("convert", "--help").returncode == 0
     assert foldserve("--version").stdout.strip() == __version__
     assert foldserve("brew").returncode == 2
@@ -132,15 +133,28 @@ def test_pack_then_convert_a_network_nobody_knows(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["fusion"]["convolutions_after"] == 1
 
 
-def test_remote_commands(server: RunningServer, checkpoint: Path, config: Path) -> None:
+def test_remote_commands(
+    server: RunningServer, checkpoint: Path, config: Path, tmp_path: Path
+) -> None:
     url = ("--url", server.url)
-    pushed = foldserve("push", str(checkpoint), "--config", str(config), *url)
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"kind {number}" for number in range(tiny.CLASSES)) + "\n")
+    given = ("--config", str(config), "--labels", str(names))
+    pushed = foldserve("push", str(checkpoint), *given, *url)
     assert pushed.returncode == 0, pushed.stderr
     assert "tiny-net-train version 1" in pushed.stdout
     assert f"{server.url}/v1/models/tiny-net-train/predict" in pushed.stdout
     listed = json.loads(foldserve("models", "--json", FOLDSERVE_URL=server.url).stdout)
     assert "tiny-net-train" in [model["name"] for model in listed]
     assert "tiny-net-train" in foldserve("models", *url).stdout
+    (model,) = [model for model in listed if model["name"] == "tiny-net-train"]
+    assert model["versions"][0]["config"]["labels"][1] == "kind 1"
+    chart = tmp_path / "chart.png"
+    measure = ("benchmark", "tiny-net-train", "--batch", "1", "--batch", "2", "--seconds", "1")
+    measured = foldserve(*measure, "--png", str(chart), *url)
+    assert measured.returncode == 0, measured.stderr
+    assert measured.stdout.count("█") > 10
+    assert chart.read_bytes().startswith(b"\x89PNG")
     missing = foldserve("benchmark", "nobody", *url)
     assert missing.returncode == 1
     assert "model_not_found" in missing.stderr

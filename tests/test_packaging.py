@@ -126,7 +126,9 @@ def module_of(distribution: str) -> str:
 
 
 def test_what_the_code_imports_is_declared() -> None:
-    declared = {module_of(canonicalize_name(r.name)) for r in requirements("demo", "grpc", "onnx")}
+    declared = {
+        module_of(canonicalize_name(r.name)) for r in requirements("demo", "grpc", "onnx", "plot")
+    }
     assert imported_modules(ROOT / "service") - declared == set()
 
 

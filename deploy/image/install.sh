@@ -24,7 +24,7 @@ code() {
     $pip install --no-index --no-deps --no-build-isolation --force-reinstall .
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     # Headers and static libraries serve those who compile against PyTorch, tests those who write it.
-    rm -rf "$site/torch/include" "$site/torch/share/cmake" "$site/torch/bin"
+    rm -rf "$site/torch/include" "$site/torch/share/cmake"
     find "$site" -name '*.a' -delete
     find "$site" -type d -name tests -not -path "$site/torch/*" -prune -exec rm -rf {} +
     $pip uninstall --yes pip

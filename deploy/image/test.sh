@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 base=docker.io/library/python:3.11-slim
 image=localhost/foldserve:image-test
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs
+export BUILDAH_ISOLATION=chroot
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -34,14 +34,18 @@ if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
 fi
 
 say "build"
-# What pip needs on this machine, seen by the build where it is here.
-mounts=() options=(--network=host)
-for place in /etc/ssl/certs /etc/pip.conf /etc/xdg/pip $("$python" -m pip config list | grep -oE "/[^' ]+" | sort -u); do
+# What pip is told on this machine, as options for the build, and the places that those name.
+configured() { "$python" -m pip config list | sed -n "s/^[^.]*\.$1='\(.*\)'$/\1/p" | tr ' ' '\n' | sort -u; }
+pip_options=${PIP_OPTIONS-$(for key in index-url extra-index-url find-links; do configured $key | sed "s/^/--$key /"; done | tr '\n' ' ')}
+# A folder that is an index is mounted with what lies beside it, since that is where its files are.
+places=$(tr ' ' '\n' <<<"$pip_options" | sed -n -e 's#^file://\(.*\)/[^/]*$#\1#p' -e 's#^\(/.*\)$#\1#p')
+mounts=()
+for place in /etc/ssl/certs /etc/pip.conf /etc/xdg/pip $places; do
     [ -e "$place" ] && mounts+=(-v "$place:$place:ro")
 done
 built=$(date +%s)
-buildah bud --quiet --format docker --pull-never "${options[@]}" "${mounts[@]}" --build-arg TORCH_INDEX="${TORCH_INDEX-}" \
-    --build-arg PIP_OPTIONS="${PIP_OPTIONS-}" --target "${TARGET:-cpu}" -t "$image" .
+buildah bud --quiet --format docker --pull-never --network=host "${mounts[@]}" --build-arg TORCH_INDEX="${TORCH_INDEX-}" \
+    --build-arg PIP_OPTIONS="$pip_options" --target "${TARGET:-cpu}" -t "$image" .
 echo "built in $(($(date +%s) - built)) s, $(buildah images --format '{{.Size}}' "$image")"
 
 say "convert a checkpoint with the image's command"
@@ -64,7 +68,7 @@ PYTHON
 chown -R 10001:10001 "$data"
 container=$(buildah from --pull-never "$image")
 trap 'kill "${server:-}" 2>/dev/null || true; buildah rm "$container" >/dev/null; rm -rf "$work"' EXIT
-buildah run -v "$data:/data" --user 10001:10001 "$container" foldserve convert /data/train.pth -o /data/deploy.safetensors
+buildah run -v "$data:/mnt" --user 10001:10001 "$container" foldserve convert /mnt/train.pth -o /mnt/deploy.safetensors
 test -s "$data/deploy.safetensors"
 
 say "serve from a read-only root file system"

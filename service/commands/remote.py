@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from service.client import DEFAULT_URL, Client, Version, model_name
-from service.commands import show
-from service.errors import FoldserveError
+from service.client import API_KEY_VARIABLE, DEFAULT_URL, Client, Version, model_name
+from service.commands import chart, show
+from service.errors import FoldserveError, InvalidConfig
 
 _Url = Annotated[str, typer.Option("--url", envvar="FOLDSERVE_URL", help="The service.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -29,13 +30,19 @@ def push(
     checkpoint: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     model: Annotated[str | None, typer.Option(help="Default: named after the file.")] = None,
     config: Annotated[Path | None, typer.Option(exists=True, help="Config JSON.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(exists=True, help="Class names, one a line, in order.")
+    ] = None,
+    preprocessing: Annotated[
+        str | None, typer.Option(help="A preset, as `imagenet` or `cifar10`.")
+    ] = None,
     url: _Url = DEFAULT_URL,
     as_json: _Json = False,
 ) -> None:
     """Upload a checkpoint, follow its conversion, and show the certificate and a curl line."""
     with show.refusals(), Client(url) as client:
         name = model or model_name(checkpoint)
-        given = None if config is None else json.loads(config.read_bytes())
+        given = _upload_config(config, labels, preprocessing)
         version = _upload(client, checkpoint, name, given, quiet=as_json)
         version = _follow(client, version, quiet=as_json)
     if as_json:
@@ -45,12 +52,7 @@ def push(
     assert version.fusion is not None
     show.certificate(version.architecture, version.fusion, f"{name} version {version.version}")
     show.out.print(f"\n{url}/v1/models/{name}", highlight=False)
-    show.out.print(
-        f"curl -H 'Content-Type: image/jpeg' --data-binary @image.jpg "
-        f"{url}/v1/models/{name}/predict",
-        highlight=False,
-        soft_wrap=True,
-    )
+    show.out.print(_curl(url, version), highlight=False, soft_wrap=True)
 
 
 def models(url: _Url = DEFAULT_URL, as_json: _Json = False) -> None:
@@ -103,17 +105,55 @@ def predict(
 def benchmark(
     model: str,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Time budget.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time budget, in seconds.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the chart into this file.")] = None,
     url: _Url = DEFAULT_URL,
     as_json: _Json = False,
 ) -> None:
     """Measure the training form against the deploy form on the service's machine."""
-    with show.refusals(), Client(url) as client, show.err.status("measuring"):
-        result = client.benchmark(model, batch_sizes=batch, seconds=seconds)
+    with show.refusals():
+        if png is not None:
+            chart.require_matplotlib()  # before a measurement that could not be drawn
+        with Client(url) as client, show.err.status("measuring"):
+            result = client.benchmark(model, batch_sizes=batch, seconds=seconds)
+        if png is not None:
+            chart.save(result, png)
     if as_json:
         show.as_json(result)
-    else:
-        show.benchmark(result)
+        return
+    show.benchmark(result)
+    show.out.print()
+    show.out.print(chart.bars(result))
+
+
+def _upload_config(
+    config: Path | None, labels: Path | None, preprocessing: str | None
+) -> dict[str, Any] | None:
+    try:
+        given: dict[str, Any] = {} if config is None else json.loads(config.read_bytes())
+    except ValueError as error:
+        raise InvalidConfig(f"{config} is not JSON: {error}.") from None
+    if labels is not None:
+        given["labels"] = labels.read_text().splitlines()
+    if preprocessing is not None:
+        given["preprocessing"] = preprocessing
+    return given or None
+
+
+def _curl(url: str, version: Version) -> str:
+    """A line that asks the new version for a prediction, as it can be pasted into a shell."""
+    shape = (version.architecture or {}).get("input_shape")
+    if shape is None:
+        return "It can be downloaded; to be served it needs its graph: `foldserve pack --help`."
+    key = ""
+    if API_KEY_VARIABLE in os.environ:
+        key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"'
+    picture = len(shape) == 3 and shape[0] in (1, 3)
+    kind, file = ("image/jpeg", "image.jpg") if picture else ("application/x-npy", "rows.npy")
+    return (
+        f"curl{key} -H 'Content-Type: {kind}' --data-binary @{file} "
+        f"{url}/v1/models/{version.model}/predict"
+    )
 
 
 def _upload(

@@ -68,8 +68,9 @@ def certificate(architecture: dict[str, Any], fusion: dict[str, Any], title: str
     ):
         if f"{key}_before" in fusion:
             table.add_row(name, f"{fusion[f'{key}_before']:,}", f"{fusion[f'{key}_after']:,}")
-    shape = " x ".join(map(str, architecture["input_shape"]))
-    out.print(f"[bold]{architecture['name']}[/] ({architecture['family']}), input {shape}")
+    extents = architecture["input_shape"]
+    shape = f", input {' x '.join(map(str, extents))}" if extents else ""
+    out.print(f"[bold]{architecture['name']}[/] ({architecture['family']}){shape}")
     out.print(table)
     out.print(
         f"{fusion['fused']} of {fusion['blocks']} blocks fused, {fusion['kept']} kept, "
