@@ -23,7 +23,8 @@ from service.api import problems
 from service.errors import FoldserveError
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-_KNOWN_PATHS = 4096  # addresses whose route is remembered
+_KNOWN_PATHS = 1024  # addresses whose route is remembered
+_LONGEST_PATH = 256  # characters; longer ones hold no valid name, and would be memory for strangers
 
 
 class DirectRoute(APIRoute):
@@ -41,7 +42,7 @@ class DirectRoute(APIRoute):
         return handler
 
 
-class Path:
+class Template:
     """What a scope says of the route that matched it: its template, as metrics label it."""
 
     __slots__ = ("path",)
@@ -60,14 +61,14 @@ class DirectDispatch:
         """`routers` hold direct routes (others are left alone), each with its prefix."""
         self._app = app
         routes = [
-            (Path(prefix + route.path), compile_path(prefix + route.path)[0], route.serve)
+            (Template(prefix + route.path), compile_path(prefix + route.path)[0], route.serve)
             for prefix, router in routers
             for route in router.routes
             if isinstance(route, DirectRoute) and "POST" in (route.methods or ())
         ]
 
         @lru_cache(_KNOWN_PATHS)
-        def find(path: str) -> tuple[Path, Endpoint, tuple[tuple[str, str], ...]] | None:
+        def find(path: str) -> tuple[Template, Endpoint, tuple[tuple[str, str], ...]] | None:
             for template, pattern, serve in routes:
                 if found := pattern.match(path):
                     return template, serve, tuple(found.groupdict().items())
@@ -77,8 +78,12 @@ class DirectDispatch:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = None
-        # Behind a path prefix FastAPI's router has to take it off first.
-        if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "POST"
+            and len(scope["path"]) <= _LONGEST_PATH
+            and not scope.get("root_path")  # FastAPI's router has to take that off first
+        ):
             found = self._find(scope["path"])
         if found is None:
             await self._app(scope, receive, send)

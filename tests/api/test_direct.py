@@ -63,6 +63,7 @@ def test_everything_else_is_passed_on() -> None:
     assert answered(path + "/")[0] == 299
     assert answered("/models/a/versions/3/run")[0] == 299
     assert answered("/pre/models/a/b/versions/3/run")[0] == 299
+    assert answered(f"/pre/models/{'a' * 300}/versions/3/run")[0] == 299
 
 
 def test_an_error_of_the_service_becomes_its_problem_document() -> None:

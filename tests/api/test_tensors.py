@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import struct
+import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -113,3 +116,25 @@ def test_several_outputs_are_flattened_per_row() -> None:
 def test_what_is_written_numpy_reads() -> None:
     for array in (GOOD, GOOD.transpose(0, 2, 1), GOOD[:0]):
         assert np.array_equal(tiny.from_npy(tensors.to_npy(array)), array)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that `work` held at once beyond what there was."""
+    tracemalloc.start()
+    try:
+        kept = work()
+        peak = tracemalloc.get_traced_memory()[1]
+        del kept
+    finally:
+        tracemalloc.stop()
+    return peak
+
+
+def test_binary_bodies_never_become_lists() -> None:
+    array = np.random.default_rng(0).normal(size=(8, 3, 64, 64)).astype(np.float32)
+    body = tensors.to_npy(array)
+    assert peak_bytes(lambda: tensors.from_npy(body, (3, 64, 64))) < 0.1 * array.nbytes
+    assert peak_bytes(lambda: tensors.to_npy(array)) < 1.1 * array.nbytes
+    # The control: JSON does become lists of numbers, and they are seen.
+    text = json.dumps({"inputs": array.tolist()}).encode()
+    assert peak_bytes(lambda: tensors.from_json(text, (3, 64, 64))) > 4 * array.nbytes
