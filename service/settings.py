@@ -281,6 +281,9 @@ class Settings(BaseSettings):
     max_image_pixels: int = _setting(
         50_000_000, "pixels", "Largest image that is decoded, checked before decoding.", ge=1
     )
+    max_image_scans: int = _setting(
+        64, "scans", "Most passes of a progressive JPEG; files that people make have ten.", ge=1
+    )
     max_images: int = _setting(256, "images", "Most images in one multipart prediction.", ge=1)
     body_idle_seconds: float = _setting(
         30.0, "s", "A prediction whose body stalls for this long is given up.", gt=0

@@ -22,6 +22,10 @@ IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 SMALL: Final = 64
 """Inputs whose shorter side is below this many pixels are not cropped by default."""
 
+MAX_SCANS: Final = 64
+"""Passes of a progressive JPEG; what programs write has about ten."""
+
+_SCAN: Final = b"\xff\xda"  # compressed data cannot hold it: a zero follows every 0xff in there
 _FILTERS: Final = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -88,14 +92,17 @@ def recipe(shape: Sequence[int], given: dict[str, Any] | None) -> ImageRecipe | 
     )
 
 
-def decode(data: bytes | bytearray, how: ImageRecipe, max_pixels: int) -> NDArray[np.float32]:
+def decode(
+    data: bytes | bytearray, how: ImageRecipe, max_pixels: int, max_scans: int = MAX_SCANS
+) -> NDArray[np.float32]:
     """One row (C, H, W) from a JPEG, PNG or WebP file.
 
     The size is read from the file's head and checked before pixels are decoded. The orientation
     that a camera recorded is applied; transparency is laid over white. A JPEG several times as
     large as needed is decoded at a half, a quarter or an eighth of its size, never below `_SPARE`
     times what it is scaled to; that moves the pixels by less than a grey level on average. Raises
-    BadInput for bytes that are no such image and ImageTooLarge beyond `max_pixels`.
+    BadInput for bytes that are no such image and ImageTooLarge beyond `max_pixels`, or for a JPEG
+    of more than `max_scans` scans: each is a pass over all pixels, and a few bytes ask for it.
     """
     try:
         with warnings.catch_warnings():
@@ -106,6 +113,12 @@ def decode(data: bytes | bytearray, how: ImageRecipe, max_pixels: int) -> NDArra
                         f"The image has {image.width} x {image.height} pixels; "
                         f"at most {max_pixels} are decoded.",
                         limit=max_pixels,
+                    )
+                if image.format == "JPEG" and (scans := data.count(_SCAN)) > max_scans:
+                    raise ImageTooLarge(
+                        f"The JPEG has {scans} scans; at most {max_scans} are decoded.",
+                        remedy="Save it again, or raise FOLDSERVE_MAX_IMAGE_SCANS.",
+                        limit=max_scans,
                     )
                 _decode_no_larger_than_needed(image, how)
                 return _to_row(_in_mode(image, _MODES[how.shape[0]]), how)

@@ -270,10 +270,10 @@ async def _decode(
             f"Rows of shape {list(hosted.item_shape)} are no images.",
             remedy="Send an array as application/x-npy or JSON.",
         )
-    most = service.settings.max_image_pixels
+    limits = service.settings.max_image_pixels, service.settings.max_image_scans
     with hosted.expecting(form, len(files)):
         rows = await asyncio.gather(
-            *(_on_thread(service, images.decode, file, how, most) for file in files)
+            *(_on_thread(service, images.decode, file, how, *limits) for file in files)
         )
     return rows[0][None] if len(rows) == 1 else np.stack(rows)
 

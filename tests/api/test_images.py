@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -216,3 +217,32 @@ def test_large_photographs_are_not_decoded_in_full(monkeypatch: pytest.MonkeyPat
     decode(data, settled((3, 224, 224)), MANY)
     decode(data, settled((3, 224, 224), interpolation="nearest"), MANY)
     assert decoded == [(800, 600), (1600, 1200)]
+
+
+def scans(times: int, side: int = 1000) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    buffer = io.BytesIO()
+    noise(side, side).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[last:end] * times + data[end:]
+
+
+def test_a_jpeg_of_a_thousand_passes_is_refused() -> None:
+    how = settled((3, 32, 32))
+    with pytest.raises(ImageTooLarge, match="scans"):
+        decode(scans(1000, 64), how, MANY)
+    assert decode(scans(20, 64), how, MANY).shape == (3, 32, 32)
+
+
+def test_every_pass_costs() -> None:
+    """The control: without the limit the file that is refused keeps a core busy."""
+    how = settled((3, 512, 512))
+
+    def seconds(times: int) -> float:
+        data = scans(times, 600)
+        began = time.process_time()
+        decode(data, how, MANY, max_scans=10_000)
+        return time.process_time() - began
+
+    assert seconds(300) > 5 * seconds(0)

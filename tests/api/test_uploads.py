@@ -286,3 +286,32 @@ def test_the_watch_sees_memory_that_grows(
         )
     problem(answer, 422, "bad_input")
     assert watch.growth > 64 * MIB
+
+
+def refuse_oversized(http: httpx.Client, count: int) -> None:
+    """Uploads of 310 kB where 300 kB are allowed, each third in another form."""
+    url, body = "/v1/models/oversized/versions", bytes(310_000)
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(31):
+            yield body[:10_000]
+
+    for n in range(count):
+        if n % 3 == 0:
+            answer = http.post(url, content=body, headers=OCTETS)
+        elif n % 3 == 1:
+            answer = http.post(url, content=pieces(), headers=OCTETS)
+        else:
+            answer = http.post(url, files={"checkpoint": body})
+        problem(answer, 413, "upload_too_large")
+
+
+def test_a_hundred_oversized_uploads_leave_no_memory_behind(
+    small: httpx.Client, small_server: RunningServer
+) -> None:
+    """The control is the watch above, which sees a body that is held."""
+    refuse_oversized(small, 30)  # pools of threads and buffers come to their size
+    before = small_server.resident_bytes(), small_server.descriptors()
+    refuse_oversized(small, 100)
+    assert small_server.resident_bytes() - before[0] < 1_000_000
+    assert small_server.descriptors() <= before[1]
