@@ -309,9 +309,15 @@ def refuse_oversized(http: httpx.Client, count: int) -> None:
 def test_a_hundred_oversized_uploads_leave_no_memory_behind(
     small: httpx.Client, small_server: RunningServer
 ) -> None:
-    """The control is the watch above, which sees a body that is held."""
-    refuse_oversized(small, 30)  # pools of threads and buffers come to their size
-    before = small_server.resident_bytes(), small_server.descriptors()
-    refuse_oversized(small, 100)
-    assert small_server.resident_bytes() - before[0] < 1_000_000
-    assert small_server.descriptors() <= before[1]
+    """A leak is there in every round; pools and buffers that come to their size are not.
+
+    The control is the watch above, which sees a body that is held.
+    """
+    growth: list[int] = []
+    descriptors = small_server.descriptors()
+    while len(growth) < 5 and min(growth, default=10**9) >= 1_000_000:
+        before = small_server.resident_bytes()
+        refuse_oversized(small, 100)
+        growth.append(small_server.resident_bytes() - before)
+    assert growth[-1] < 1_000_000, growth
+    assert small_server.descriptors() <= descriptors + 1
