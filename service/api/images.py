@@ -78,7 +78,7 @@ def recipe(shape: Sequence[int], given: dict[str, Any] | None) -> ImageRecipe | 
     default = shorter if grey or shorter < SMALL else round(shorter / _CROP_RATIO)
     mean = tuple(values.get("mean", IMAGENET_MEAN))
     std = tuple(values.get("std", IMAGENET_STD))
-    if grey and (mean, std) == (IMAGENET_MEAN, IMAGENET_STD):
+    if grey and (mean, std) == (IMAGENET_MEAN, IMAGENET_STD) and not values.get("preset"):
         mean, std = (0.0,), (1.0,)  # nobody's choice for one channel: the preset left as it is
     return ImageRecipe(
         shape=(channels, height, width),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from service.errors import InvalidConfig
@@ -88,3 +90,12 @@ def test_only_labels_and_preprocessing_change_later() -> None:
     for text in ("", "{}", '{"backend": "torch"}', '{"labels": null, "precision": "auto"}'):
         with pytest.raises(InvalidConfig):
             parse_changes(text)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_page_shows_every_preset_as_it_is(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/preprocessing.md").read_text()
+    values = PRESETS[name]
+    mean, std = (", ".join(f"{x:.6g}" for x in values[key]) for key in ("mean", "std"))
+    rest = ", ".join(f"{key} {x}" for key, x in values.items() if key not in ("mean", "std"))
+    assert f"| `{name}` | {mean} | {std} | {rest} |\n" in page

@@ -70,12 +70,13 @@ def parse(body: bytearray | bytes, head: int) -> InferRequest:
             f"The body has {len(rest)} bytes more than its JSON and its inputs' "
             "`binary_data_size` account for."
         )
-    binary = _parameters(data, "the request").get("binary_data_output") is True
+    parameters = _parameters(data, "the request")
+    binary = parameters.get("binary_data_output") is True
     return InferRequest(
         inputs=tuple(inputs),
         wishes=tuple(_wish(item, binary) for item in _objects(data.get("outputs", []), "outputs")),
         id=identity,
-        parameters=_parameters(data, "the request"),
+        parameters=parameters,
     )
 
 

@@ -34,6 +34,7 @@ from service.api.v2.documented import (
 from service.api.v2.infer import infer
 from service.api.v2.messages import checked_version
 from service.errors import BadInput
+from service.hosting import Hosted
 
 T = TypeVar("T")
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -45,6 +46,7 @@ Version = Annotated[int, Path(ge=1, le=2**31 - 1, description="Its version.", ex
 _JSON: Final = "application/json"
 _BINARY: Final = "application/octet-stream"
 _AWAY_FROM_LOOP: Final = 1 << 16  # JSON and compressed bodies beyond this are read on a thread
+_READING: Final = (errors.BadInput, errors.UploadTooLarge, errors.RequestStalled)
 _MISSING: Final = (
     errors.ModelNotFound,
     errors.VersionNotFound,
@@ -184,12 +186,13 @@ async def serve(request: Request) -> Response:
     version = checked_version(request.path_params.get("version"))
     on = await find_hosted(service, request.path_params["name"], version)
     on.require_room("deploy")
-    body = await _body(request, service)
+    body = await _body(request, service, on)
     head = rest.head_length(request.headers.get(rest.HEADER_LENGTH), len(body))
     if head > service.settings.max_json_bytes:
         raise bodies.too_large(service.settings.max_json_bytes, "FOLDSERVE_MAX_JSON_BYTES")
     if head > _AWAY_FROM_LOOP:
-        asked = await _on_thread(service, rest.parse, body, head)
+        with on.expecting("deploy", 1):
+            asked = await _on_thread(service, rest.parse, body, head)
     else:
         asked = rest.parse(body, head)
     answer = await unless_departed(request, infer(service, on, version, asked))
@@ -238,7 +241,7 @@ async def documented_version(name: Name, version: Version) -> None:
     """Run one version, which is loaded if need be."""
 
 
-async def _body(request: Request, service: Service) -> bytearray | bytes:
+async def _body(request: Request, service: Service, on: Hosted) -> bytearray | bytes:
     """The request's body, expanded if it came compressed."""
     settings = service.settings
     coding = compression.content_coding(request.headers.get("content-encoding"))
@@ -247,7 +250,8 @@ async def _body(request: Request, service: Service) -> bytearray | bytes:
     if coding is None:
         return body
     try:
-        return await _on_thread(service, compression.expand, body, coding, limit)
+        with on.expecting("deploy", 1):
+            return await _on_thread(service, compression.expand, body, coding, limit)
     except compression.TooMuch:
         raise bodies.too_large(limit, name) from None
 
@@ -266,7 +270,7 @@ router.include_router(hot)
     "/repository/index",
     summary="Every version and its state",
     response_model=list[IndexEntry],
-    responses=refusals(),
+    responses=refusals(*_READING),
     openapi_extra={"requestBody": {"content": {_JSON: {"schema": {"type": "object"}}}}},
 )
 async def index(request: Request, service: Here) -> list[dict[str, str]]:
@@ -278,7 +282,7 @@ async def index(request: Request, service: Here) -> list[dict[str, str]]:
 @router.post(
     "/repository/models/{name}/load",
     summary="Serve a model again",
-    responses=refusals(*_MISSING),
+    responses=refusals(*_MISSING, *_READING),
     openapi_extra={"requestBody": {"content": {_JSON: {"schema": {"type": "object"}}}}},
 )
 async def load(name: Name, request: Request, service: Here) -> Response:
@@ -290,7 +294,7 @@ async def load(name: Name, request: Request, service: Here) -> Response:
 @router.post(
     "/repository/models/{name}/unload",
     summary="Take a model out of serving",
-    responses=refusals(errors.ModelNotFound, errors.NameInvalid),
+    responses=refusals(errors.ModelNotFound, errors.NameInvalid, *_READING),
     openapi_extra={"requestBody": {"content": {_JSON: {"schema": {"type": "object"}}}}},
 )
 async def unload(name: Name, request: Request, service: Here) -> Response:
