@@ -51,11 +51,13 @@ _CORS_REQUEST_HEADERS = (
 )
 _CORS_ANSWER_HEADERS = (
     "etag",
+    "foldserve-code",
     "foldserve-version",
     "inference-header-content-length",
     "location",
     "preference-applied",
     "retry-after",
+    "server-timing",
     "x-request-id",
 )
 _SAFE = ("GET", "HEAD", "OPTIONS")

@@ -40,10 +40,15 @@ async def ready(request: Request, service: Here) -> Response:
     read, the answer holds the status alone.
     """
     body = await overview(service)
-    usable = not body["loading"] and all(body["checks"].values()) and not service.draining
+    usable = is_usable(service, body)
     if not request.state.caller.may_read:
         body = {"status": body["status"]}
     return Response(json_bytes(body), 200 if usable else 503, media_type="application/json")
+
+
+def is_usable(service: Service, body: dict[str, Any]) -> bool:
+    """Whether a service of which `overview` said this may get traffic."""
+    return not body["loading"] and all(body["checks"].values()) and not service.draining
 
 
 @router.get("/health", summary="State of everything", response_model=HealthAnswer)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from service import __version__
+from service.api import health
 from service.api.inference import find_hosted
 from service.api.state import Service, in_thread
 from service.api.v2 import datatypes
@@ -29,9 +30,9 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "foldserve", "version": __version__, "extensions": list(EXTENSIONS)}
 
 
-def server_ready(service: Service) -> bool:
-    """Whether every model's default is loaded or known to fail, and no drain has begun."""
-    return service.host.started and not service.draining
+async def server_ready(service: Service) -> bool:
+    """Whether the service may get traffic, as `/health/ready` says it."""
+    return health.is_usable(service, await health.overview(service))
 
 
 def model_ready(service: Service, name: str, version: int | None) -> bool:

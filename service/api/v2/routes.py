@@ -81,7 +81,7 @@ async def live() -> dict[str, bool]:
 )
 async def ready(service: Here) -> Response:
     """200 once every model's default is loaded or known to fail, and until the drain begins."""
-    is_ready = models.server_ready(service)
+    is_ready = await models.server_ready(service)
     return _json({"ready": is_ready}, 200 if is_ready else 400)
 
 

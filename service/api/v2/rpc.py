@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
+from urllib.parse import unquote
 
 import grpc
 import numpy as np
@@ -80,7 +81,7 @@ async def _live(service: Service, request: Any) -> Any:
 
 
 async def _ready(service: Service, request: Any) -> Any:
-    return MESSAGES["ServerReadyResponse"](ready=models.server_ready(service))
+    return MESSAGES["ServerReadyResponse"](ready=await models.server_ready(service))
 
 
 async def _model_ready(service: Service, request: Any) -> Any:
@@ -266,7 +267,12 @@ class Calls:
         }
         keyring = service.keyring if service.settings.keys_required else None
         what = f"{method.method} {method.path}"
-        admit(head, wanted, what, context.peer().rpartition(":")[0], keyring, self._rate)
+        admit(head, wanted, what, _host_of(context.peer()), keyring, self._rate)
+
+
+def _host_of(peer: str) -> str:
+    """The address in what gRPC says of a peer: `ipv4:127.0.0.1:5001`, `ipv6:[::1]:5001`."""
+    return unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]")
 
 
 _UNEXPECTED: Final = (grpc.StatusCode.INTERNAL, "An unexpected error was logged.")

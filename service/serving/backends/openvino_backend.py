@@ -14,23 +14,20 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim, export
 
 from service.errors import BackendFailed
-from service.graph import Program, ProgramModule
+from service.graph import Program
+from service.graph.exported import to_exported
 from service.serving.backends.base import Description, Precision, Prepared
 from service.serving.backends.choices import Choices, choice_key
 from service.serving.backends.machine import cpu_name
 from service.serving.backends.quantise import quantised
 from service.serving.backends.rows import checked_sizes, random_rows, signature, warm_up
 from service.serving.backends.torch_cpu import MEASURED_ROWS, THREADS_MARGIN
-
-_EXPORTING = Lock()  # torch.export does not promise to work in two threads at once
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
@@ -238,16 +235,8 @@ def _openvino() -> Any:
 
 
 def _converted(program: Program) -> Any:
-    float32 = program.to("float32")
-    example = tuple(
-        torch.zeros(spec.sized(2), dtype=getattr(torch, spec.dtype)) for spec in float32.inputs
-    )
-    batch = Dim("batch", min=1, max=1 << 16)
-    shapes = tuple({0: batch} for _ in example)
     try:
-        with _EXPORTING:
-            exported = export(ProgramModule(float32), example, dynamic_shapes={"inputs": shapes})
-        return _openvino().convert_model(exported)
+        return _openvino().convert_model(to_exported(program.to("float32")))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackendFailed(

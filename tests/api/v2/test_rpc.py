@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from service.api import server
+from service.api.v2 import rpc
 from service.api.v2.schema import MESSAGES
 from tests.api import tiny
 from tests.api.conftest import put_tiny
@@ -267,3 +268,9 @@ def test_a_start_without_the_extra_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     assert server._has_grpc()
     monkeypatch.setattr(server, "find_spec", lambda name: None)
     assert not server._has_grpc()
+
+
+def test_a_peer_is_counted_by_its_address() -> None:
+    assert rpc._host_of("ipv4:127.0.0.1:5001") == "127.0.0.1"
+    assert rpc._host_of("ipv6:%5B::1%5D:5001") == "::1"
+    assert rpc._host_of("unix:") == ""
