@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 from service import pipeline
-from service.checkpoint import ReadLimits, read_checkpoint, sandbox
+from service.checkpoint import ReadLimits, preload, read_checkpoint, sandbox  # noqa: F401  as the service does
 from service.errors import FoldserveError
 from service.graph import load_program
 from service.networks import recognise
