@@ -29,7 +29,7 @@ import PIL
 from benchmarks.workload import NETWORKS, samples
 from service.api.images import decode, recipe
 from service.serving import available_cpus
-from service.serving.backends.torch_cpu import cpu_name
+from service.serving.backends.machine import cpu_name
 
 _HOW = recipe(NETWORKS["RepVGG-A0"].shape, None)
 

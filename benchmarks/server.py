@@ -46,11 +46,11 @@ from benchmarks.subjects import (
 )
 from benchmarks.workload import BODIES, NETWORKS, Body, Deployed, Network, Sample, samples
 from service.serving import available_cpus
-from service.serving.backends.torch_cpu import cpu_name
+from service.serving.backends.machine import cpu_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CONCURRENCIES = (1, 8, 64, 256)
-SPAWN_SECONDS = 0.5  # what starting the load's process adds to every measurement
+SPAWN_SECONDS = 0.8  # what starting the load and letting the server settle add to a measurement
 # A slow network needs longer windows where many callers wait, or too few answers fall into one.
 LONGER = {1: 1.0, 8: 1.0, 64: 2.0, 256: 4.0}
 COLUMNS = (

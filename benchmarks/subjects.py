@@ -25,6 +25,7 @@ from benchmarks.load import Outcome, Plan
 from benchmarks.peers import Peer
 from benchmarks.workload import Body, Floats, Network, Sample, http_request, json_request
 
+SETTLE_SECONDS = 20
 START_SECONDS = 120
 STOP_SECONDS = 20
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,8 +129,18 @@ class Server:
         warm = max(0.2, 0.2 * seconds)
         before = self._process.cpu_seconds()
         outcome = self._load(Plan("127.0.0.1", self.port, requests, concurrency, warm, seconds))
+        self._settle()
         used = self._process.cpu_seconds() - before
         return replace(outcome, server_cpu=used / max(1, outcome.served))
+
+    def _settle(self) -> None:
+        """Wait until it computes no longer for those who left, or the next one would pay for it."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < deadline:
+            before = self._process.cpu_seconds()
+            time.sleep(0.25)
+            if self._process.cpu_seconds() - before < 0.05:
+                return
 
     def answers(self, body: Body) -> list[bytes]:
         """The bodies of its answers to one round of requests."""
