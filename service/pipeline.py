@@ -9,7 +9,7 @@ HTTP. Each stage returns its result or raises one of `service.errors`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -214,24 +214,33 @@ def _bundled(program: Program, config: ModelConfig, container: str = "bundle") -
             f"`architecture` is given, but a {container} brings its own program.",
             field="architecture",
         )
-    shape = program.inputs[0].shape
-    if not shape or shape[0] is not None or None in shape[1:]:
-        raise InvalidProgram("The program's first input needs a batch axis and fixed sizes.")
+    for spec in program.inputs:
+        if not spec.shape or spec.shape[0] is not None or None in spec.shape[1:]:
+            raise InvalidProgram(f"The input {spec.name!r} needs a batch axis and fixed sizes.")
+    if not program.inputs:
+        raise InvalidProgram("The program has no input.")
     specs = program.specs()
-    output = specs[program.outputs[0]].shape
+    outputs = [specs[name].shape for name in program.outputs]
+    several = f"{_counted(program.inputs, 'input')} and {_counted(outputs, 'output')}"
     architecture: dict[str, Any] = {
         "family": "program",
         "name": container,
-        "num_classes": output[1] if len(output) == 2 else None,
-        "input_shape": list(shape[1:]),
+        "num_classes": outputs[0][1] if len(outputs) == 1 and len(outputs[0]) == 2 else None,
+        "input_shape": list(program.inputs[0].shape[1:]),
         "hyperparameters": {},
-        "evidence": [f"The file is a {container} of {len(program.nodes)} operators."],
+        "evidence": [
+            f"The file is a {container} of {len(program.nodes)} operators with {several}."
+        ],
         "assumed": [],
         "dropped": [],
         "container": container,
         "wrappers": [],
     }
     return Network(program, "train", architecture)
+
+
+def _counted(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"
 
 
 def write(

@@ -8,13 +8,16 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from service.commands import show
 from service.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The checkpoint.")]
 _Arch = Annotated[str | None, typer.Option("--arch", help="The network's name.")]
@@ -72,30 +75,48 @@ def inspect(
 
 def pack(
     factory: Annotated[str, typer.Argument(help="`module:callable` that returns an nn.Module.")],
-    example: Annotated[str, typer.Option(help="Input shape with its batch, as 2x3x224x224.")],
+    example: Annotated[
+        list[str],
+        typer.Option(
+            help="An input's shape with its batch, as 2x3x224x224, and its dtype unless float32, "
+            "as 2x16:int64. Once for every input."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.")],
 ) -> None:
     """Pack any network into a bundle that can be uploaded without its source code.
 
     Runs your code here, on your machine; the service never runs any.
     """
-    import torch
-
     from service import pack as pack_bundle
 
     try:
-        shape = tuple(int(extent) for extent in example.split("x"))
+        examples = tuple(_example(text) for text in example)
         module, name = factory.split(":")
-    except ValueError:
-        raise typer.BadParameter("write module:callable and a shape such as 2x3x224x224") from None
+    except (ValueError, KeyError):
+        raise typer.BadParameter(
+            "write module:callable, and shapes such as 2x3x224x224 or 2x16:int64"
+        ) from None
     sys.path.insert(0, str(Path.cwd()))
     with show.refusals():
         try:
             network = getattr(importlib.import_module(module), name)()
         except (ImportError, AttributeError) as error:
             raise BadInput(f"{factory}: {error}.", remedy="Check the module's path.") from error
-        pack_bundle(network.eval(), (torch.zeros(shape),), output)
+        pack_bundle(network.eval(), examples, output)
     show.out.print(f"{output}: {output.stat().st_size:,} bytes")
+
+
+def _example(text: str) -> Tensor:
+    """Zeros of the shape and dtype that `2x16:int64` names."""
+    import torch
+
+    from service.graph import DTYPES
+
+    shape, _, dtype = text.partition(":")
+    return torch.zeros(
+        tuple(int(extent) for extent in shape.split("x")), dtype=DTYPES[dtype or "float32"]
+    )
 
 
 def _config(arch: str | None, file: Path | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from service.graph.memory import peak_bytes
 from service.graph.module import ProgramModule, run
+from service.graph.operators import DTYPES
 from service.graph.program import Argument, DType, Node, Program, Ref, TensorSpec
 from service.graph.pt2 import load_pt2
 from service.graph.pt2_archive import Pt2Limits
@@ -9,6 +10,7 @@ from service.graph.storage import load_program, save_program
 from service.graph.trace import from_exported, trace
 
 __all__ = [
+    "DTYPES",
     "Argument",
     "DType",
     "Node",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.fusion import fuse
-from service.fusion.cost import convolution_count, program_macs
-from service.graph import Program, run, trace
-from service.networks import Recognition, deploy_skeleton
+from service.graph import ProgramModule, run, trace
+from service.networks import deploy_skeleton
 from service.partial import deploy_tensors
 from tests.conformance import official
 from tests.networks import cases
@@ -33,19 +34,43 @@ WITHOUT_DEPLOY_FORM = {
 
 @dataclass(frozen=True)
 class Counts:
-    """Convolutions run, and multiply-accumulates of one sample."""
+    """Convolutions run, and multiply-accumulates of one sample in products of any kind."""
 
     convolutions: int
     macs: int
 
-    @staticmethod
-    def of(program: Program) -> Counts:
-        return Counts(convolution_count(program), program_macs(program))
+
+class Counter(TorchDispatchMode):
+    """Counts what PyTorch runs inside it."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch, self.convolutions, self.macs = batch, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "convolution":
+            self.convolutions += 1
+            self.macs += out.numel() * math.prod(args[1].shape[1:])
+        elif name in {"mm", "bmm", "addmm"}:
+            self.macs += out.numel() * args[1 if name == "addmm" else 0].shape[-1]
+        return out
+
+    def counts(self) -> Counts:
+        return Counts(self.convolutions, self.macs // self.batch)
+
+
+def count(function: Callable[[Tensor], object], x: Tensor) -> Counts:
+    """What `function(x)` runs."""
+    with torch.no_grad(), Counter(len(x)) as counter:
+        function(x)
+    return counter.counts()
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one case gave.
+    """What one case gave, and the network that it was recognised as.
 
     `official` counts the official deploy form. Errors are relative to the official training form in
     float64, `noise` is that form's own float32 error, and `tensors` the worst checksum of a deploy
@@ -53,6 +78,7 @@ class Row:
     """
 
     case: str
+    network: str
     before: Counts
     after: Counts
     official: Counts | None
@@ -90,31 +116,25 @@ def measure(name: str) -> Row:
     seconds = time.perf_counter() - started
     exact = _flat(run(fusion.program_in("float64"), x.double()))
     served = _flat(run(fusion.program, x))
-    wanted = cases.load(name)
+    case = cases.load(name)
     tensors = deploy = None
-    if wanted.get("deploy_state"):
+    if case.get("deploy_state"):
         found = deploy_tensors(module, fusion, recognition.public_key)
         tensors = official.deploy_error(name, found)
-        deploy = Counts.of(official_program(recognition, module, x))
+        # Keys and shapes of the skeleton are the official ones, as the comparison just showed.
+        deploy = count(deploy_skeleton(module).eval(), x)
     return Row(
         case=name,
-        before=Counts.of(program),
-        after=Counts.of(fusion.program),
+        network=recognition.name,
+        before=count(module, x),
+        after=count(ProgramModule(fusion.program), x),
         official=deploy,
         float64=max(cases.output_error(name, exact), float((exact - truth).norm() / truth.norm())),
         float32=float((served.double() - truth).norm() / truth.norm()),
-        noise=wanted["f32_vs_f64_rel"],
+        noise=case["f32_vs_f64_rel"],
         tensors=tensors,
         seconds=seconds,
     )
-
-
-def official_program(recognition: Recognition, module: nn.Module, x: Tensor) -> Program:
-    """The graph of the official deploy form: its layers under its keys, in the network's wiring.
-
-    That its keys and shapes are the official ones is what comparing the deploy tensors shows.
-    """
-    return trace(deploy_skeleton(module).eval(), (x,))
 
 
 def _flat(outputs: Iterable[Tensor]) -> Tensor:
