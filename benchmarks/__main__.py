@@ -1,6 +1,6 @@
 """`python -m benchmarks [NAME] [options]`: run one benchmark, or `engine` if none is named.
 
-Names: conformance, decoding, engine, fusing, gpu, orepa, server, shares. `--help` lists options.
+Names: conformance, decoding, engine, fusing, gpu, orepa, server, shares, siblings (see `--help`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ BENCHMARKS = (
     "orepa",
     "server",
     "shares",
+    "siblings",
 )
 
 

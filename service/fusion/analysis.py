@@ -86,13 +86,15 @@ def _is_floating(spec: TensorSpec | None) -> bool:
 
 
 def _unary(call: Call, bases: Iterator[Form]) -> tuple[list[Form], list[str]]:
-    found, reasons = [], []
+    found, failed = [], []
     for base in bases:
         try:
             found.append(UNARY[call.node.op](call, base))
         except Inexact as reason:
-            reasons.append(str(reason))
-    return found, reasons
+            failed.append((base, str(reason)))
+    # The operand as a form of itself has one layout in which the operator fits; the other says
+    # nothing about the network.
+    return found, [reason for base, reason in failed if not (found and base.trivial)]
 
 
 def _joined(

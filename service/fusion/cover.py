@@ -122,8 +122,9 @@ class _Covering:
         # keeps a batch norm with the convolution before it, not the one after.
         if best is None or (best[0] >= kept and not best[2].trivial):
             self.best[name], self.choice[name] = kept, None
-            if best is not None and best[0] > kept:
-                self.lost[name] = (kept, best[0])
+            dearer = [option[0] for option in options if option[0] > kept]
+            if dearer:
+                self.lost[name] = (kept, min(dearer))
         else:
             self.best[name], self.choice[name] = best[0], best[2]
 

@@ -255,25 +255,59 @@ def _why_kept(
     node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, Node]
 ) -> tuple[str, str]:
     """The status and the sentence for a convolution that stays as it is."""
+    if "transpose" in node.op:
+        return "refused", "no rule takes a transposed convolution"
     if node.name not in analysis.linear:
-        return "refused", "its kernel depends on the input, or the convolution is transposed"
+        return "refused", "its kernel depends on the input"
     if node.name in cover.cheaper:
-        kept, fused = cover.cheaper[node.name]
-        return "kept", f"fusing it would raise its cost from {kept:,.0f} to {fused:,.0f}"
+        return "kept", _dearer(cover.cheaper[node.name])
     if node.name in analysis.refusals:
         return "refused", "; ".join(analysis.refusals[node.name])
-    if any(not usable(form) for form in analysis.forms.get(node.name, {}).values()):
+    if _bordered(node.name, node.name, analysis):
         return "refused", BORDER_REASON
     readers = [n for n in nodes.values() if node.name in set(n.refs())]
     for reader in readers:
-        if reader.name in analysis.linear:
-            if cover.chosen.get(reader.name) is not None:
-                continue
-            reasons = analysis.refusals.get(reader.name)
-            if reasons:
-                return "kept", f"{reader.op.removeprefix('aten.')} after it: {reasons[0]}"
-    after = ", ".join(dict.fromkeys(n.op.removeprefix("aten.") for n in readers)) or "the output"
+        reason = _why_apart(node, reader, analysis, cover, nodes)
+        if reason is not None:
+            return "kept", f"{_short(reader)} after it: {reason}"
+    for name in node.refs():
+        if name in analysis.refusals and not analysis.forms.get(name):
+            return "kept", f"{_short(nodes[name])} before it: {analysis.refusals[name][0]}"
+    after = ", ".join(dict.fromkeys(map(_short, readers))) or "the output"
     return "kept", f"a single convolution; {after} follows"
+
+
+def _why_apart(
+    node: Node, reader: Node, analysis: Analysis, cover: Cover, nodes: dict[str, Node]
+) -> str | None:
+    """Why the operator that reads `node` is not fused with it; None where it is not linear."""
+    if reader.name not in analysis.linear:
+        return None
+    if _bordered(node.name, reader.name, analysis):
+        return BORDER_REASON
+    if cover.chosen.get(reader.name) is not None:
+        return None
+    for name in reader.refs():
+        # A branch that is no convolution says more than that the branches have no common start.
+        if name != node.name and name in analysis.refusals and not analysis.forms[name]:
+            return f"{_short(nodes[name])} beside it: {analysis.refusals[name][0]}"
+    if reader.name in analysis.refusals:
+        return analysis.refusals[reader.name][0]
+    return _dearer(cover.cheaper[reader.name]) if reader.name in cover.cheaper else None
+
+
+def _bordered(member: str, value: str, analysis: Analysis) -> bool:
+    """Whether `value` has a form through `member` that only its border keeps from being one."""
+    forms = analysis.forms.get(value, {}).values()
+    return any(member in form.nodes and not usable(form) for form in forms)
+
+
+def _dearer(costs: tuple[float, float]) -> str:
+    return f"fusing it would raise its cost from {costs[0]:,.0f} to {costs[1]:,.0f}"
+
+
+def _short(node: Node) -> str:
+    return node.op.removeprefix("aten.").partition(".")[0]
 
 
 def _totals(blocks: Sequence[Block], before: Program, after: Program) -> Totals:

@@ -24,6 +24,12 @@ from service.graph.build import (
 from service.graph.operators import ATEN, NAME_OF, OPERATORS, PLACEMENT
 from service.graph.program import Argument, DType, Program, Ref
 
+_BECAUSE: dict[object, str] = {
+    torch.ops.aten._native_batch_norm_legit.no_stats: (
+        ": a batch norm without running statistics answers by what else is in the batch"
+    ),
+    torch.ops.aten.bernoulli.p: ": its result is random",
+}
 MAX_BATCH = 1 << 16
 """Upper bound on the batch size that torch.export is told about, in rows."""
 
@@ -153,8 +159,9 @@ class _Translation:
             self._aten(fx_node, NAME_OF[target])
         else:
             name = str(target)
+            where = _source(fx_node) or "The module"
             raise UnsupportedOperator(
-                f"{_source(fx_node) or 'The module'} uses {name}, which programs may not.",
+                f"{where} uses {name}, which programs may not{_BECAUSE.get(target, '')}.",
                 operator=name,
             )
 

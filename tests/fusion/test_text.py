@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from service.errors import UnsupportedOperator
 from service.fusion import Fusion, fuse, quantisation_report, ranges_to_dict, report_text
 from service.networks import RepVGGBlock
 
@@ -88,3 +89,45 @@ def test_int8_readiness_covers_every_layer_and_warns_of_the_widened(text: str) -
 
 def test_lines_fit_a_terminal(text: str) -> None:
     assert max(map(len, text.splitlines())) <= 100
+
+
+class Neighbours(nn.Module):
+    """Branches and padding that keep a convolution from being fused."""
+
+    def __init__(self, neighbour: str) -> None:
+        super().__init__()
+        self.neighbour = neighbour
+        self.conv, self.point = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if self.neighbour == "pooling":
+            return y + nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        if self.neighbour == "ceil":
+            return self.point(nn.functional.avg_pool2d(x, 2, ceil_mode=True)).relu()
+        if self.neighbour == "padding":
+            return self.conv(nn.functional.pad(self.point(x), (1, 1, 1, 1)))
+        return nn.functional.conv_transpose2d(y, self.conv.weight)
+
+
+@pytest.mark.parametrize(
+    ("neighbour", "reason"),
+    [
+        ("pooling", "average pooling that leaves padding out of its count"),
+        ("ceil", "ceil mode reaches past the padding"),
+        ("padding", "the bias would differ between border and interior"),
+        ("transposed", "no rule takes a transposed convolution"),
+    ],
+)
+def test_the_reason_is_the_one_that_counts(neighbour: str, reason: str) -> None:
+    torch.manual_seed(0)
+    report = fuse(Neighbours(neighbour).eval(), (torch.zeros(1, 4, 7, 7),)).report
+    assert any(reason in block.reason for block in report.blocks)
+    assert not any("adds channels or rows" in block.reason for block in report.blocks)
+
+
+def test_a_norm_of_its_own_batch_is_refused_by_name() -> None:
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), norm).eval()
+    with pytest.raises(UnsupportedOperator, match="what else is in the batch"):
+        fuse(network, (torch.zeros(2, 4, 4, 4),))
