@@ -93,7 +93,7 @@ def pack(
     try:
         examples = tuple(_example(text) for text in example)
         module, name = factory.split(":")
-    except (ValueError, KeyError):
+    except ValueError:
         raise typer.BadParameter(
             "write module:callable, and shapes such as 2x3x224x224 or 2x16:int64"
         ) from None
@@ -111,12 +111,11 @@ def _example(text: str) -> Tensor:
     """Zeros of the shape and dtype that `2x16:int64` names."""
     import torch
 
-    from service.graph import DTYPES
-
     shape, _, dtype = text.partition(":")
-    return torch.zeros(
-        tuple(int(extent) for extent in shape.split("x")), dtype=DTYPES[dtype or "float32"]
-    )
+    kind = getattr(torch, dtype or "float32", None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"{dtype} is no dtype")
+    return torch.zeros(tuple(int(extent) for extent in shape.split("x")), dtype=kind)
 
 
 def _config(arch: str | None, file: Path | None) -> dict[str, Any]:
