@@ -82,6 +82,7 @@ FoldserveError
     ├── QueueFull
     ├── DeadlineExceeded
     ├── BackendFailed
+    ├── ModelFaulty
     └── NotLoaded
 
 An error is a sentence for a person (`detail`), what that person can do (`remedy`), a stable `code`
@@ -549,6 +550,11 @@ class DeadlineExceeded(ServingError):
 
 class BackendFailed(ServingError):
     title = "The model failed on this input"
+
+
+class ModelFaulty(ServingError):
+    title = "The model or its device is out of order"
+    remedy = "It is being loaded again; repeat the request after the time in Retry-After."
 
 
 class NotLoaded(ServingError):

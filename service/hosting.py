@@ -39,6 +39,7 @@ from service.errors import (
 )
 from service.graph import Program, load_program
 from service.networks import ModelConfig, parse_changes
+from service.recovery import Recovery
 from service.serving import (
     Description,
     Form,
@@ -198,6 +199,13 @@ class Host:
         self._tasks: list[asyncio.Task[None]] = []
         self._loading: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._measuring = asyncio.Lock()
+        self.recovery = Recovery(
+            models.faulty,
+            self._reload,
+            check_seconds=settings.fault_check_seconds,
+            attempts=settings.fault_attempts,
+            longest_wait=settings.fault_wait_seconds,
+        )
         self._following: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     # ---- life ---------------------------------------------------------------------------
@@ -212,6 +220,7 @@ class Host:
             asyncio.create_task(self._load_defaults()),
             asyncio.create_task(self._unload_idle()),
             asyncio.create_task(self._keep_up()),
+            asyncio.create_task(self.recovery.run()),
         ]
 
     async def close(self) -> None:
@@ -311,6 +320,7 @@ class Host:
             version = await self._catalog_default(model)
         if (model, version) in self._hosted:
             return version
+        self.recovery.check((model, version))
         key = (model, version)
         if (task := self._loading.get(key)) is None:
             task = asyncio.create_task(self._load(model, version))
@@ -373,6 +383,7 @@ class Host:
             self._unloaded.discard(model)
         if version in (None, self._default.get(model)):
             self._default.pop(model, None)
+        self.recovery.forget(model, version)
         await self._unload(model, version)
         for key in [k for k in self.failures if k[0] == model and version in (None, k[1])]:
             del self.failures[key]
@@ -381,6 +392,19 @@ class Host:
         for key in [k for k in self._hosted if k[0] == model and version in (None, k[1])]:
             del self._hosted[key]
         await self.models.unload(model, version)
+
+    async def _reload(self, key: tuple[str, int]) -> None:
+        """Unload a version that is out of order and load it anew. Raises what loading raises."""
+        await self._unload(*key)
+        record = await asyncio.to_thread(self.catalog.get_version, *key)
+        await self._load_into_set(record, {})
+        if self._default.get(key[0]) == key[1]:
+            self.models.activate(*key)
+
+    @property
+    def all_faulty(self) -> bool:
+        """Whether every default is out of order, as when a device is gone."""
+        return bool(self._default) and self._default.items() <= self.recovery.faults.keys()
 
     async def _catalog_default(self, model: str) -> int:
         record = await asyncio.to_thread(self.catalog.get_model, model)

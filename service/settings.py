@@ -293,6 +293,15 @@ class Settings(BaseSettings):
     follow_seconds: float = _setting(
         2.0, "s", "How often a service looks for what others changed in a shared catalog.", gt=0
     )
+    fault_check_seconds: float = _setting(
+        0.5, "s", "How often the service looks for models that are out of order.", gt=0, le=2
+    )
+    fault_attempts: int = _setting(
+        5, "attempts", "Reloads of a faulty model until it no longer holds readiness back.", ge=1
+    )
+    fault_wait_seconds: float = _setting(
+        60.0, "s", "Longest wait between two reloads of a faulty model.", gt=0
+    )
     idle_unload_seconds: float = _setting(
         600.0, "s", "Training forms and versions that are no default are unloaded after this.", gt=0
     )

@@ -34,16 +34,17 @@ ALLOWED: dict[str, frozenset[str]] = {
     "worker": _LEAVES
     | {"pipeline", "checkpoint", "networks", "graph", "fusion", "store"}
     | {"serving", "bench"},
+    "recovery": frozenset({"errors"}),
     "hosting": _LEAVES
     | {"worker", "checkpoint", "networks", "graph", "store"}
-    | {"serving", "bench"},
+    | {"serving", "bench", "recovery"},
     "provision": _LEAVES | {"hosting", "store"},
     "exports": _LEAVES | {"checkpoint", "graph", "fusion", "store"},
     "web": _LEAVES,
     "client": _LEAVES,
     "api": _LEAVES
     | {"pipeline", "worker", "hosting", "serving", "bench", "store"}
-    | {"web", "exports", "provision"},
+    | {"web", "exports", "provision", "recovery"},
     "demo": _LEAVES | {"client", "networks"},
     "commands": _LEAVES | {"__init__", "client", "pipeline", "worker", "hosting", "store"},
     "cli": _LEAVES | {"api", "commands", "demo"},

@@ -51,6 +51,10 @@ a `remedy`; [/problems](/problems) lists them.
 """
 
 
+_WORKER_SECONDS = 3.0
+"""How long the end waits for the worker, which was told when the drain began."""
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The application for `settings`. Nothing is opened before its lifespan begins."""
     metrics = Metrics()
@@ -133,7 +137,7 @@ async def _opened(
         worker = Worker(catalog, blobs, scratch, worker_limits(settings), host)
         await run_in_threadpool(worker.start)
         # In a thread: the worker may be waiting for this very loop to load a model.
-        stack.push_async_callback(run_in_threadpool, worker.stop, settings.drain_seconds)
+        stack.push_async_callback(run_in_threadpool, worker.stop, _WORKER_SECONDS)
         service = Service(settings, metrics, blobs, catalog, host, worker, decoders, keyring, named)
         metrics.watch(lambda: health.watched(service))
         if settings.grpc_port:

@@ -12,6 +12,7 @@ from prometheus_client.core import (
     Metric,
 )
 
+from service.recovery import Recovery
 from service.serving import BatcherStats, LoadedModel, Tallied
 from service.worker import RESULTS
 
@@ -89,6 +90,18 @@ def of_store(damaged: Mapping[str, str]) -> Iterator[Metric]:
     found = GaugeMetricFamily("foldserve_damaged_blobs", "Blobs found damaged since the start.")
     found.add_metric([], len(damaged))
     yield found
+
+
+def of_faults(recovery: Recovery) -> Iterator[Metric]:
+    """Models out of order now, and how often that was found and mended."""
+    now = GaugeMetricFamily("foldserve_faulty_models", "Versions that are out of order.")
+    now.add_metric([], len(recovery.faults))
+    changes = CounterMetricFamily(
+        "foldserve_model_faults", "Faults of loaded models by event.", labels=["event"]
+    )
+    changes.add_metric(["found"], recovery.seen)
+    changes.add_metric(["recovered"], recovery.recovered)
+    yield from (now, changes)
 
 
 def of_devices() -> Iterator[Metric]:

@@ -48,7 +48,10 @@ async def ready(request: Request, service: Here) -> Response:
 
 def is_usable(service: Service, body: dict[str, Any]) -> bool:
     """Whether a service of which `overview` said this may get traffic."""
-    return not body["loading"] and all(body["checks"].values()) and not service.draining
+    host = service.host
+    mended = not host.recovery.under_way and not host.all_faulty
+    working = not body["loading"] and all(body["checks"].values())
+    return working and mended and not service.draining
 
 
 @router.get("/health", summary="State of everything", response_model=HealthAnswer)
@@ -65,7 +68,9 @@ async def overview(service: Service) -> dict[str, Any]:
     models = await in_thread(_models, service, loaded)
     damaged = await in_thread(_damaged, service)
     failures = service.host.failures
-    healthy = all(checks.values()) and not failures and not damaged and not loading
+    service.host.recovery.note()
+    faults = service.host.recovery.to_list()
+    healthy = all(checks.values()) and not (failures or damaged or loading or faults)
     return {
         "status": "draining" if service.draining else "ok" if healthy else "degraded",
         "version": __version__,
@@ -77,6 +82,7 @@ async def overview(service: Service) -> dict[str, Any]:
             {"model": model, "version": version, "code": error.code(), "detail": error.detail}
             for (model, version), error in sorted(failures.items())
         ],
+        "faults": faults,
         "damaged_blobs": damaged,
         "weight_bytes": service.host.models.weight_bytes,
         "checks": checks,
@@ -163,6 +169,7 @@ def watched(service: Service) -> Iterator[Metric]:
     yield from families.of_versions(_checks(service)[1])
     yield from families.of_devices()
     yield from families.of_store(service.blobs.damaged)
+    yield from families.of_faults(service.host.recovery)
 
 
 @router.get(

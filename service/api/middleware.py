@@ -71,6 +71,8 @@ class AroundEveryRequest:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = _completed(message["headers"], identity)
+                if _draining(scope):
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         self._metrics.began()
@@ -97,6 +99,12 @@ class AroundEveryRequest:
                     milliseconds=round(seconds * 1e3, 2),
                 )
             structlog.contextvars.clear_contextvars()
+
+
+def _draining(scope: Scope) -> bool:
+    """Whether the service is about to end, so that clients should not keep their connections."""
+    service = getattr(scope["app"].state, "service", None)
+    return service is not None and service.draining
 
 
 def _completed(

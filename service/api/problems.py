@@ -60,6 +60,7 @@ STATUS: dict[type[FoldserveError], HTTPStatus] = {
     errors.RequestStalled: HTTPStatus.REQUEST_TIMEOUT,
     errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
     errors.DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,
+    errors.ModelFaulty: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.NotLoaded: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 

@@ -237,6 +237,9 @@ class HealthAnswer(Answer):
         description="Per served model: its version, how it runs, and the latency saving measured."
     )
     failures: list[dict[str, Any]] = Field(description="Versions that could not be loaded.")
+    faults: list[dict[str, Any]] = Field(
+        description="Loaded versions that are out of order and are being loaded again."
+    )
     damaged_blobs: list[dict[str, Any]] = Field(
         description="Blobs that versions need and that were found missing or altered."
     )

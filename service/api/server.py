@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import resource
 import signal
 import socket
 from importlib.util import find_spec
 from types import FrameType
+from typing import Any
 
 import structlog
 import uvicorn
@@ -23,6 +25,7 @@ from service.store import Catalog
 log = structlog.get_logger("foldserve")
 
 _BACKLOG = 2048
+_LAST_REQUESTS_SECONDS = 0.5
 _OTHER_DESCRIPTORS = 512
 
 
@@ -36,7 +39,31 @@ class _Server(uvicorn.Server):
         state = getattr(getattr(self.config.app, "state", None), "service", None)
         if state is not None:
             state.stopping.set()
+            state.worker.give_up()
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer whoever has connected, tell everyone that the connection closes, then end.
+
+        Connections that wait to be accepted would be reset with the listening socket, and idle ones
+        with a request on its way: they get a moment, in which every answer says `close`.
+        """
+        loop = asyncio.get_running_loop()
+        for sock in sockets or []:
+            sock.setblocking(False)
+            while (accepted := _accept(sock)) is not None:
+                await loop.connect_accepted_socket(self._protocol, accepted)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_LAST_REQUESTS_SECONDS)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -48,6 +75,14 @@ class _Server(uvicorn.Server):
             host, port = sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             log.info("ready", address=f"http://{shown}:{port}")
+
+
+def _accept(sock: socket.socket) -> socket.socket | None:
+    """The next connection that waits, if any."""
+    try:
+        return sock.accept()[0]
+    except OSError:
+        return None
 
 
 def run(settings: Settings) -> int:

@@ -22,9 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.errors import BackendFailed, BadInput, DeadlineExceeded, NotLoaded, QueueFull
+from service.errors import (
+    BackendFailed,
+    BadInput,
+    DeadlineExceeded,
+    ModelFaulty,
+    NotLoaded,
+    QueueFull,
+)
 from service.serving.backends.base import Prepared
-from service.serving.backends.rows import RowSpec
+from service.serving.backends.rows import RowSpec, random_rows
 from service.serving.device import DeviceThread, hand_over
 from service.serving.request import Column, Request, Result, Rows, Slice, monotonic
 from service.serving.tally import Tallied, Tally
@@ -122,6 +129,8 @@ class Batcher:
         self._busy_seconds = 0.0
         self._seconds_per_row = 0.0
         self._last_finish = 0.0
+        self.fault: Exception | None = None
+        """Why the program is out of order: not even rows of our own could be run."""
 
     async def submit(self, rows: Rows, deadline: float | None = None) -> Result:
         """Outputs for `rows`, N >= 1 of them, each output [N, ...] in the same order.
@@ -225,6 +234,8 @@ class Batcher:
         with self._lock:
             if self._closing:
                 raise NotLoaded("The model is being unloaded.")
+            if self.fault is not None:
+                raise self._faulty()
             self._counts["requests"] += 1
             self._check_room(len(request))
             self._waiting.append(request)
@@ -271,7 +282,10 @@ class Batcher:
             batch, answers = self._assemble()
             self._deliver(answers)
             if batch:
-                self._deliver(self._execute(batch))
+                answers = self._execute(batch)
+                self._deliver(answers)
+                if any(isinstance(answer, BackendFailed) for _, answer in answers):
+                    self._diagnose()
         finally:
             with self._lock:
                 self._running_rows = 0
@@ -327,6 +341,22 @@ class Batcher:
         self._counts[why] += 1
 
     def _execute(self, batch: list[Slice]) -> list[Answer]:
+        if self.fault is not None:
+            return [answer for one in batch for answer in self._blame(one, self._faulty())]
+        return self._try(batch)
+
+    def _diagnose(self) -> None:
+        """Whether requests failed or the program does: rows of our own tell the two apart."""
+        try:
+            self.prepared.run(random_rows(self._inputs, 1))
+        except Exception as fault:
+            log.error("a program is out of order: %s", fault)
+            self.fault = fault
+
+    def _faulty(self) -> ModelFaulty:
+        return ModelFaulty(f"{type(self.fault).__name__}: {self.fault}", retry_after=1.0)
+
+    def _try(self, batch: list[Slice]) -> list[Answer]:
         try:
             return self._run(batch)
         except Exception as error:
@@ -383,6 +413,8 @@ class Batcher:
             if not one.request.gone:
                 one.request.gone = True
                 self._waiting_rows -= one.request.waiting
+        if isinstance(error, ModelFaulty):
+            return [(one.request, error)]
         failure = BackendFailed(
             error.detail if isinstance(error, BackendFailed) else f"{type(error).__name__}: {error}"
         )
@@ -407,7 +439,7 @@ class Batcher:
                 answered += 1
             else:
                 request.future.set_exception(answer)
-                failed += isinstance(answer, BackendFailed)
+                failed += isinstance(answer, BackendFailed | ModelFaulty)
         with self._lock:
             self._counts["answered"] += answered
             self._counts["failed"] += failed

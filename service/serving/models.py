@@ -184,6 +184,14 @@ class ModelSet:
         """Everything that is loaded now, in order of loading."""
         return tuple(runner.loaded() for runner in self._runners.values())
 
+    def faulty(self) -> dict[tuple[str, int], Exception]:
+        """Versions of which a program is out of order, and why; `load` them anew."""
+        return {
+            (key.model, key.version): runner.batcher.fault
+            for key, runner in self._runners.items()
+            if runner.batcher.fault is not None
+        }
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights of everything loaded, in the precision it is loaded in."""

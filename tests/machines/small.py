@@ -60,16 +60,20 @@ def upload(http: httpx.Client, model: str, number: int, *, wait: bool = False) -
     )
 
 
-def answer(http: httpx.Client, model: str, version: int | None = None) -> float:
-    """What the model makes of ones: `number + 1` of the bundle that answered."""
+def predict(http: httpx.Client, model: str, version: int | None = None) -> httpx.Response:
+    """Ask the model about ones."""
     body = io.BytesIO()
     np.save(body, np.ones((1, 1, SIDE, SIDE), np.float32))
-    asked = {} if version is None else {"version": version}
-    response = http.post(
+    return http.post(
         f"/v1/models/{model}/predict",
-        params=asked,
+        params={} if version is None else {"version": version},
         content=body.getvalue(),
         headers={"Content-Type": "application/x-npy", "Accept": "application/x-npy"},
     )
+
+
+def answer(http: httpx.Client, model: str, version: int | None = None) -> float:
+    """What the model makes of ones: `number + 1` of the bundle that answered."""
+    response = predict(http, model, version)
     assert response.status_code == 200, response.text
     return float(np.load(io.BytesIO(response.content))[0, 0])

@@ -25,6 +25,7 @@ from tests.machines.machine import Booted, Machine
 
 KILLS = 60
 SOAK_KILLS = 1000
+SOAK_SECONDS = 1200
 
 
 @dataclass
@@ -129,6 +130,13 @@ class Life:
         (own,) = scratch.iterdir()
         assert [path.name for path in own.iterdir()] == ["lock"]
 
+    def end(self) -> None:
+        """Let nothing of it run any more."""
+        self.box.faults.off()
+        if self.service is not None:
+            self.service.kill()
+            self.service = None
+
     # ---- what is asked --------------------------------------------------------------------
 
     def upload(self, http: httpx.Client, model: str = "net", *, wait: bool = False) -> None:
@@ -210,19 +218,83 @@ def _go_through(life: Life, kills: int, seed: int) -> None:
         life.check()
 
 
+def _tell(life: Life, seconds: float) -> None:
+    figures = {"kills": life.kills, "in the middle": life.struck, "power cuts": life.cuts}
+    print(json.dumps(figures | {"seconds": round(seconds, 1)}))
+
+
 def test_nothing_acknowledged_is_lost_and_nothing_partial_is_seen(box: Machine) -> None:
     life = _prepared(box, "crash")
     started = time.monotonic()
     _go_through(life, KILLS, seed=5)
-    print(
-        json.dumps(
-            {
-                "kills": life.kills,
-                "struck": life.struck,
-                "power cuts": life.cuts,
-                "seconds": time.monotonic() - started,
-            }
-        )
-    )
+    _tell(life, time.monotonic() - started)
     assert life.kills == KILLS
     assert life.struck > KILLS / 2, "most deaths must come in the middle of something"
+    life.end()
+
+
+@pytest.mark.soak
+def test_a_thousand_deaths(box: Machine) -> None:
+    """As many of the thousand as ten minutes allow; each story begins on an empty disk."""
+    started, kills = time.monotonic(), 0
+    while kills < SOAK_KILLS and time.monotonic() - started < SOAK_SECONDS:
+        life = _prepared(box, f"soak-{kills}")
+        _go_through(life, 50, seed=kills)
+        kills += life.kills
+        _tell(life, time.monotonic() - started)
+        life.end()
+        shutil.rmtree(life.folder)
+    print(f"promised: {SOAK_KILLS} deaths without a loss; played: {kills}")
+    assert kills == SOAK_KILLS, "the machine was too slow for all of them"
+
+
+def test_a_conversion_that_dies_twice_is_rejected(box: Machine) -> None:
+    life = _prepared(box, "twice")
+    life.die(40, lambda http: life.upload(http, wait=True), cut=False, after=False)
+    life.die(20, _wait_for_death, cut=False, after=False)
+    with life.client() as http:
+        states = _settled(http)
+        (last,) = (found for key, found in states.items() if key == ("net", 2))
+        assert last["state"] == "rejected"
+        assert last["error"]["code"] == "conversion_interrupted"
+    life.end()
+
+
+def _wait_for_death(http: httpx.Client) -> None:
+    while True:
+        http.get("/health/live")
+        time.sleep(0.005)
+
+
+def test_a_store_that_writes_in_place_is_found_out(box: Machine) -> None:
+    """A control: without the rename, some death leaves half a blob under a whole blob's name."""
+    life = Life(box, "in-place", change="tests.machines.broken:publish_in_place")
+
+    def die_in_uploads() -> None:
+        for at in range(6, 16):
+            life.die(at, life.upload, cut=False, after=False)
+            life.check()
+
+    with pytest.raises(AssertionError, match="StoreReport"):
+        die_in_uploads()
+    life.end()
+
+
+def test_a_store_that_does_not_sync_is_found_out(box: Machine) -> None:
+    """A control: without fsync, a power cut takes what was acknowledged."""
+    life = Life(box, "unsynced")
+
+    def lose_power() -> None:
+        life.die(10_000, life.upload, cut=True, after=False)
+        life.check()
+
+    with life.client() as http:
+        life.upload(http)
+    life.check()
+    box.faults.forget_syncs(True)
+    try:
+        with pytest.raises(AssertionError, match=r"is lost|did not start"):
+            lose_power()
+    finally:
+        box.faults.forget_syncs(False)
+    life.end()
