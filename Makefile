@@ -68,7 +68,7 @@ bench: install
 # pytest answers 5 when nothing carries the mark.
 soak: install-test
 	@echo 'The long form: every test marked soak.'
-	$(PY) -m pytest -m soak --timeout 3600 $(ARGS) || test $$? -eq 5
+	$(PY) -m pytest -m soak -s --timeout 3600 $(ARGS) || test $$? -eq 5
 
 # Resolves anew in a throw-away environment. Raise the versions of torch and setuptools in the lock by hand first.
 lock:

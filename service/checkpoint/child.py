@@ -31,6 +31,7 @@ from service.errors import (
     ConversionOutOfMemory,
     ConversionTimeout,
     FoldserveError,
+    StorageFull,
 )
 
 Progress = Callable[[dict[str, Any]], None]
@@ -44,6 +45,7 @@ _MESSAGE_BYTES = 4 << 20
 _MAX_MESSAGES = 10_000
 _STDERR = 2
 _PATIENCE = 5
+_DISK_FULL = ("no space left on device", "disk quota exceeded")
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
@@ -351,6 +353,8 @@ def _answer(
         if isinstance(error, MemoryError) or any(m in text.lower() for m in _OUT_OF_MEMORY):
             kind: type[FoldserveError] = ConversionOutOfMemory
             text = f"The conversion needed more than {limits.memory_bytes} bytes of memory."
+        elif any(message in text.lower() for message in _DISK_FULL):
+            kind, text = StorageFull, f"The conversion could not be written: {_plain(text[:500])}"
         else:
             traceback.print_exc()
             kind, text = ConversionCrashed, f"{type(error).__name__}: {_plain(text[:500])}"
