@@ -96,11 +96,12 @@ def deploy_tensors(
     """
     fused = block_tensors(fusion.analysis, block_layers(module))
     with torch.device("meta"):
-        keys = deploy_skeleton(module).state_dict().keys()
+        wanted = deploy_skeleton(module).state_dict()
     own = module.state_dict()
+    # A linear layer over the channels of a map is a 1x1 convolution to the engine.
     return {
-        public_key(key): (fused[key] if key in fused else own[key]).contiguous().clone()
-        for key in keys
+        public_key(key): (fused[key].reshape(like.shape) if key in fused else own[key]).clone()
+        for key, like in wanted.items()
     }
 
 
