@@ -1,6 +1,7 @@
 // The first page: upload a checkpoint, see it through, and the list of models.
 import { Conversion } from "./conversion.js";
 import { announce, byId } from "./dom.js";
+import { takeDropped } from "./drop.js";
 import { bytes } from "./format.js";
 import { showModels } from "./models.js";
 import { modelName, upload } from "./upload.js";
@@ -118,20 +119,6 @@ function resume(version) {
     .then(() => showModels(resume));
 }
 
-function setUpDrop() {
-  const drop = byId("drop");
-  let depth = 0; // entering a child comes before leaving its parent
-  addEventListener("dragover", (event) => event.preventDefault());
-  addEventListener("dragenter", () => drop.classList.toggle("over", ++depth > 0));
-  addEventListener("dragleave", () => drop.classList.toggle("over", --depth > 0));
-  addEventListener("drop", (event) => {
-    event.preventDefault();
-    depth = 0;
-    drop.classList.remove("over");
-    take(event.dataTransfer?.files ?? null);
-  });
-}
-
 byId("choose").addEventListener("click", () => byId("file").click());
 byId("file").addEventListener("change", () => take(byId("file").files));
 byId("discard").addEventListener("click", () => {
@@ -140,5 +127,5 @@ byId("discard").addEventListener("click", () => {
 });
 byId("config").addEventListener("change", checkedConfig);
 byId("upload").addEventListener("submit", send);
-setUpDrop();
+takeDropped(window, byId("drop"), take);
 showModels(resume);

@@ -1,6 +1,7 @@
 // An image to both forms: what each says, side by side.
 import { getJson } from "./api.js";
 import { announce, fill, h, svg } from "./dom.js";
+import { takeDropped } from "./drop.js";
 import { milliseconds, shape, significant } from "./format.js";
 import { errorBox } from "./problem.js";
 
@@ -40,16 +41,7 @@ export function showTry(place, version) {
     take(input.files);
     input.value = ""; // so that the same file may be chosen again
   });
-  let depth = 0;
-  drop.addEventListener("dragover", (/** @type {Event} */ event) => event.preventDefault());
-  drop.addEventListener("dragenter", () => drop.classList.toggle("over", ++depth > 0));
-  drop.addEventListener("dragleave", () => drop.classList.toggle("over", --depth > 0));
-  drop.addEventListener("drop", (/** @type {DragEvent} */ event) => {
-    event.preventDefault();
-    depth = 0;
-    drop.classList.remove("over");
-    take(event.dataTransfer?.files);
-  });
+  takeDropped(drop, drop, take);
   fill(
     results,
     h("p", { class: "card empty" }, "The five best classes of both forms appear here."),
