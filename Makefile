@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 pin = $(shell grep '^$(1)==' $(LOCK))
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test test lint format serve demo bench soak docs lock clean
+.PHONY: help install install-test test lint format serve demo bench soak image-test docs lock clean
 
 help:
 	@echo 'make demo      train, convert, serve and benchmark, from nothing to a printed result (ARGS=--keep leaves it running)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks behind the figures of the README'
 	@echo 'make soak      the long tests'
+	@echo 'make image-test  builds the image without a Docker engine and uses it (root, buildah, debootstrap)'
 	@echo 'make docs      the pages of docs/ that are written from the code'
 	@echo 'make install   only the environment in .venv'
 
@@ -64,6 +65,9 @@ demo: install
 
 bench: install
 	$(PY) -m benchmarks $(ARGS)
+
+image-test: install
+	deploy/image/test.sh
 
 # pytest answers 5 when nothing carries the mark.
 soak: install-test

@@ -103,6 +103,9 @@ class Settings(BaseSettings):
         "info", "name", "Lowest level that is logged."
     )
     access_log: bool = _setting(False, "flag", "Log one line for every request.")
+    otlp_endpoint: str | None = _setting(
+        None, "URL", "OpenTelemetry collector (OTLP over HTTP) that gets traces; unset sends none."
+    )
     drain_seconds: float = _setting(
         25.0, "s", "Longest wait for running requests after SIGTERM.", ge=0, le=600
     )
@@ -332,7 +335,7 @@ class Settings(BaseSettings):
             raise ValueError("; ".join(_unknown_sentence(name) for name in unknown))
         return values
 
-    @field_validator("database_url", "blob_url", mode="before")
+    @field_validator("database_url", "blob_url", "otlp_endpoint", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: Any) -> Any:
         return None if value == "" else value

@@ -29,6 +29,7 @@ MODULES = {
     "python-multipart": "python_multipart",
     "grpcio": "grpc",
     "protobuf": "google",
+    "opentelemetry-sdk": "opentelemetry",
 }
 
 
@@ -127,7 +128,8 @@ def module_of(distribution: str) -> str:
 
 def test_what_the_code_imports_is_declared() -> None:
     declared = {
-        module_of(canonicalize_name(r.name)) for r in requirements("demo", "grpc", "onnx", "plot")
+        module_of(canonicalize_name(r.name))
+        for r in requirements("demo", "grpc", "onnx", "plot", "otel")
     }
     assert imported_modules(ROOT / "service") - declared == set()
 

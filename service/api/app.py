@@ -22,6 +22,7 @@ from service.api import (
     pages,
     predict,
     problems,
+    tracing,
     uploads,
 )
 from service.api.access import describe
@@ -67,6 +68,8 @@ def create_app(settings: Settings) -> FastAPI:
         async with _opened(settings, metrics, keyring, rate) as service:
             app.state.service = service
             yield
+        if end_tracing is not None:
+            await run_in_threadpool(end_tracing)
 
     app = FastAPI(
         title="Foldserve",
@@ -85,6 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, **cors(settings))
     app.add_middleware(AroundEveryRequest, metrics=metrics, access_log=settings.access_log)
+    endpoint = settings.otlp_endpoint
+    end_tracing = tracing.install(app, endpoint) if endpoint else None
     routes = (
         models,
         changes,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from service.api import tracing
 from service.api.state import Service
 from service.errors import NotLoaded
 from service.hosting import Hosted
@@ -43,10 +44,12 @@ async def compute(
     call, by a switch or for idleness: then it is looked for once more.
     """
     try:
-        return on, await on.predict(rows, form)
+        result = await on.predict(rows, form)
     except NotLoaded:
         on = await find_hosted(service, on.model, version, again=True)
-        return on, await on.predict(rows, form)
+        result = await on.predict(rows, form)
+    tracing.predicted(result.timing)
+    return on, result
 
 
 async def unless_departed(request: Request, work: Coroutine[Any, Any, T]) -> T:

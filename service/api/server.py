@@ -98,6 +98,9 @@ def run(settings: Settings) -> int:
         return 2
     if settings.grpc_port and not _has_grpc():
         return 2
+    if settings.otlp_endpoint and not _is_installed("opentelemetry.exporter.otlp"):
+        log.error("cannot trace", remedy="pip install 'foldserve[otel]'")
+        return 2
     try:
         listening = _listen(settings)
     except OSError as error:
