@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
     options = _parser().parse_args(arguments)
     network = NETWORKS[options.network]
+    if options.threads is None:  # threads that wait for each other only slow a tiny network down
+        options.threads = 1 if network.name == "tiny" else available_cpus()
     cells = [Cell(body, n) for body in options.bodies for n in options.concurrency]
     given = samples(network)
     began = time.time()
@@ -251,7 +253,7 @@ def _row(name: str, own: list[Outcome], outcomes: list[Outcome]) -> str:
     )
     cpu = statistics.median(each.client_cpu for each in outcomes)
     spent = statistics.median(each.server_cpu for each in outcomes) * 1e3
-    cells = (name, rates, ratio, p50, p99, failed, f"{spent:.2f}", f"{cpu:.2f}")
+    cells = (name, rates, ratio, p50, p99, failed, f"{spent:.2f}" if spent else "", f"{cpu:.2f}")
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -285,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=400.0, help="measuring time in all")
     parser.add_argument("--backend", default="auto", help="this service's backend")
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads each")
+    parser.add_argument("--threads", type=int, help="CPU threads each; 1 for tiny, else all")
     parser.add_argument("--peers", type=_peers, default=list(peers.PEERS), help="names, or none")
     parser.add_argument("--installed", type=Path, default=peers.home(), help="peers' environments")
     parser.add_argument("--out", type=Path, help=f"also write the report here, such as {RESULTS}")
