@@ -26,7 +26,13 @@ from service.serving.backends.base import Description, Precision, Prepared
 from service.serving.backends.choices import Choices, choice_key
 from service.serving.backends.machine import cpu_name
 from service.serving.backends.quantise import quantised
-from service.serving.backends.rows import checked_sizes, random_rows, signature, warm_up
+from service.serving.backends.rows import (
+    checked_sizes,
+    first_line,
+    random_rows,
+    signature,
+    warm_up,
+)
 from service.serving.backends.torch_cpu import MEASURED_ROWS, THREADS_MARGIN
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
@@ -238,8 +244,7 @@ def _converted(program: Program) -> Any:
     try:
         return _openvino().convert_model(to_exported(program.to("float32")))
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackendFailed(
-            f"OpenVINO could not convert the program: {first}",
+            f"OpenVINO could not convert the program: {first_line(error)}",
             remedy="Use the backend `torch`, which runs every program.",
         ) from error

@@ -143,3 +143,8 @@ def warm_up(prepared: Prepared) -> Iterator[None]:
                 f"For {size} input rows the program answers shapes {wrong}; each output must have "
                 "one row for each input row to be served in batches."
             )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an engine's message, which often runs on for pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -19,6 +19,7 @@ from service.serving.backends.rows import (
     checked_sizes,
     computing_dtype,
     computing_program,
+    first_line,
     random_rows,
     signature,
     warm_up,
@@ -158,13 +159,13 @@ class TorchCpu:
             packed = PrepackedModule(last)
             ways["prepacked"] = _Way(packed, torch.channels_last, "prepacked")
         except (RuntimeError, AttributeError) as error:  # not every build of PyTorch has oneDNN
-            self._notes += (f"prepacking is not possible: {_first_line(error)}",)
+            self._notes += (f"prepacking is not possible: {first_line(error)}",)
         batches = self._batches()
         for name, way in list(ways.items()):
             try:
                 self._run(batches[-1], way, self._threads)
             except RuntimeError as error:  # a reshape that is only possible in one memory format
-                self._notes += (f"{name} is not possible: {_first_line(error)}",)
+                self._notes += (f"{name} is not possible: {first_line(error)}",)
                 del ways[name]
             yield
         threads = self._threads
@@ -183,7 +184,3 @@ class TorchCpu:
             if name != "contiguous_format"
         )
         self._way = ways[choice.name]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

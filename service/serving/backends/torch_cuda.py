@@ -19,6 +19,7 @@ from service.serving.backends.rows import (
     checked_sizes,
     computing_dtype,
     computing_program,
+    first_line,
     padded_size,
     signature,
     warm_up,
@@ -78,7 +79,7 @@ class TorchCuda:
         except RuntimeError as error:  # out of memory, or a device that is lost or not there
             self.close()
             raise BackendFailed(
-                f"The program does not fit onto {device}: {_first_line(error)}",
+                f"The program does not fit onto {device}: {first_line(error)}",
                 remedy="Unload other models, lower FOLDSERVE_MAX_BATCH, or use a larger device.",
             ) from error
 
@@ -166,7 +167,7 @@ class TorchCuda:
                 log.warning("CUDA graph capture failed, the program runs eagerly: %s", error)
                 self._captured.clear()
                 torch.cuda.empty_cache()
-                self._notes = (f"runs eagerly: CUDA graph capture failed ({_first_line(error)})",)
+                self._notes = (f"runs eagerly: CUDA graph capture failed ({first_line(error)})",)
                 return
             yield
 
@@ -201,7 +202,3 @@ def _set_arithmetic(benchmark: bool, convolutions: str, products: str) -> None:
     torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.conv.fp32_precision = convolutions  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = products
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
