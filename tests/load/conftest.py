@@ -30,8 +30,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 def tell(request: pytest.FixtureRequest) -> Callable[[str, str, str, str], None]:
     """Writes a row of the table of promises beside pytest's own lines."""
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
 
     def row(what: str, promised: str, measured: str, control: str) -> None:
-        reporter.write_line(f"\n| {what} | {promised} | {measured} | {control} |")
+        with capture.global_and_fixture_disabled():
+            reporter.write_line(f"\n| {what} | {promised} | {measured} | {control} |")
 
     return row

@@ -32,13 +32,16 @@ class Trace:
 
 
 def left_behind(trace: Trace, slope: float) -> list[str]:
-    """What the cycles left: more than `slope` bytes each, or any descriptor or thread."""
+    """What the cycles left: more than `slope` bytes each, or any descriptor or thread.
+
+    Fewer are no fault: a pool lets a thread go that had nothing to do.
+    """
     faults = []
     if trace.slope > slope:
         faults.append(f"{trace.slope / MIB:.3f} MiB a cycle")
-    if trace.descriptors[0] != trace.descriptors[1]:
+    if trace.descriptors[1] > trace.descriptors[0]:
         faults.append(f"descriptors {trace.descriptors}")
-    if trace.threads[0] != trace.threads[1]:
+    if trace.threads[1] > trace.threads[0]:
         faults.append(f"threads {trace.threads}")
     return faults
 
