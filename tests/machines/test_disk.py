@@ -14,6 +14,9 @@ from tests.machines import small
 from tests.machines.machine import Booted, Machine
 
 Ask = Callable[[httpx.Client], httpx.Response]
+BEYOND = 100_000
+"""A change that no request comes to."""
+
 CODES = {"storage_full": 507, "store_error": 500, "conflict": 409}
 
 
@@ -58,12 +61,10 @@ def switch(http: httpx.Client) -> httpx.Response:
     return http.put("/v1/models/net/default", json={"version": 1 if now == 2 else 2})
 
 
-def play(
-    box: Machine, http: httpx.Client, ask: Ask, error: int, *, lasting: bool, step: int = 1
-) -> Counter[str]:
+def play(box: Machine, http: httpx.Client, ask: Ask, error: int, *, lasting: bool) -> Counter[str]:
     """Ask again and again, with the fault one change later each time; what was answered."""
     told: Counter[str] = Counter()
-    for at in range(1, changes_of(box, http, ask) + 3, step):
+    for at in (*range(1, changes_of(box, http, ask) + 3), BEYOND):
         box.faults.fail(at, error, lasting=lasting)
         response = ask(http)
         struck = box.faults.struck
