@@ -138,7 +138,7 @@ def test_the_families_are_those_of_the_code() -> None:
 
 def test_make_targets_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.M))
+    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.M))
     assert {"demo", "test", "serve", "lint", "bench", "soak"} <= named
     assert named <= targets
 
