@@ -28,7 +28,7 @@ from service.store import check_model_name
 router = APIRouter(include_in_schema=False)
 
 _WEB = Path(service.web.__file__).parent
-_METHODS = ("get", "post", "put", "delete")
+_METHODS = ("get", "post", "put", "patch", "delete")
 _templates = Environment(
     loader=PackageLoader("service.web"), autoescape=True, undefined=StrictUndefined
 )

@@ -106,6 +106,8 @@ def test_docs_show_every_operation(http: httpx.Client) -> None:
     page = http.get("/docs").text
     for path in http.get("/openapi.json").json()["paths"]:
         assert f"<code>{path}</code>" in page
+    assert "`" not in page  # names in the texts are marked up, not quoted
+    assert page.count('class="method patch"') == 1
 
 
 def test_every_code_has_its_place(http: httpx.Client) -> None:
