@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import httpx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -86,6 +88,19 @@ def test_convert_writes_pth_and_bundles_and_json(
     )
     assert json.loads(done.stdout)["fusion"]["fused"] == 5
     assert "stage1.0.rbr_reparam.bias" in torch.load(output, weights_only=True)
+
+
+def test_convert_writes_other_engines_files(checkpoint: Path, config: Path, tmp_path: Path) -> None:
+    given = ("convert", str(checkpoint), "--config", str(config), "-o")
+    onnx, zipped = tmp_path / "net.onnx", tmp_path / "net.openvino.zip"
+    assert foldserve(*given, str(onnx)).returncode == 0
+    rows = tiny.rows(3)
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: rows})
+    truth = tiny.expected(rows)
+    assert abs(found - truth).max() < 1e-4 * abs(truth).max()
+    assert foldserve(*given, str(zipped)).returncode == 0
+    assert sorted(zipfile.ZipFile(zipped).namelist()) == ["deploy.bin", "deploy.xml"]
 
 
 def test_a_refusal_names_code_detail_and_remedy(tmp_path: Path) -> None:

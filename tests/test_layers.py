@@ -46,7 +46,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     | {"pipeline", "worker", "hosting", "serving", "bench", "store"}
     | {"web", "exports", "provision", "recovery"},
     "demo": _LEAVES | {"client", "networks"},
-    "commands": _LEAVES | {"__init__", "client", "pipeline", "worker", "hosting", "store"},
+    "commands": _LEAVES
+    | {"__init__", "client", "pipeline", "worker", "hosting", "store", "exports"},
     "cli": _LEAVES | {"api", "commands", "demo"},
 }
 

@@ -34,7 +34,8 @@ def convert(
         typer.Option(
             "--output",
             "-o",
-            help="Deploy form: .safetensors, .pth or .pt; .bundle for the program.",
+            help="Deploy form: .safetensors, .pth or .pt; the program as .bundle, .onnx or "
+            ".openvino.zip.",
         ),
     ],
     arch: _Arch = None,
@@ -45,7 +46,7 @@ def convert(
     """Convert a training checkpoint to its deploy form, with a certificate, without a server."""
     with show.refusals(), tempfile.TemporaryDirectory() as folder:
         result = _convert(source, _config(arch, config), Path(folder), quiet=as_json)
-        _write(result["files"], output)
+        _write(result["files"], output, Path(folder))
         if report is not None:
             shutil.copyfile(result["files"]["report"], report)
     if as_json:
@@ -152,10 +153,19 @@ def _convert(source: Path, config: dict[str, Any], scratch: Path, *, quiet: bool
         return convert_in_child(str(source), config, str(scratch), limits, tell)
 
 
-def _write(files: dict[str, str], output: Path) -> None:
+def _write(files: dict[str, str], output: Path, scratch: Path) -> None:
+    from service.exports import FORMATS, export_own_file
     from service.pipeline import save_as_torch
 
-    if output.suffix in (".pth", ".pt"):
+    other = next((f for f in FORMATS.values() if output.name.endswith(f".{f.ending}")), None)
+    if "deploy_program" not in files and (other or ".bundle" in output.suffixes):
+        raise BadInput(
+            "The file holds known blocks of an unknown network, so there is no program to write.",
+            remedy="Write .safetensors or .pth, or pack the network: `foldserve pack --help`.",
+        )
+    if other is not None:
+        shutil.copyfile(export_own_file(Path(files["deploy_program"]), other, scratch), output)
+    elif output.suffix in (".pth", ".pt"):
         save_as_torch(Path(files["deploy_checkpoint"]), output)
     elif ".bundle" in output.suffixes:
         shutil.copyfile(files["deploy_program"], output)

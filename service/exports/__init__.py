@@ -5,7 +5,7 @@ convert     inside the child: the program converted, run by the other engine, an
 stored      made once for each version: the file as an artifact in the store
 """
 
-from service.exports.files import FORMATS, is_installed
+from service.exports.files import FORMATS, export_own_file, is_installed
 from service.exports.stored import exported_artifact
 
-__all__ = ["FORMATS", "exported_artifact", "is_installed"]
+__all__ = ["FORMATS", "export_own_file", "exported_artifact", "is_installed"]

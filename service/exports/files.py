@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,7 @@ def export_file(
     Takes seconds to minutes. Raises FormatNotInstalled; ExportFailed when the converter cannot, or
     when the other engine's outputs differ; and what `run_sandboxed` raises.
     """
-    if not is_installed(kind):
-        raise FormatNotInstalled(
-            f"{kind.name} needs {', '.join(kind.packages)}, which are not all installed here.",
-            remedy=f"Install the extra: pip install 'foldserve[{kind.extra}]'.",
-        )
+    _require(kind)
     result: dict[str, Any] = run_sandboxed(
         f"service.exports.convert:{kind.name}_in_child",
         (str(bundle), str(scratch)),
@@ -74,6 +71,22 @@ def export_file(
     if result.get("made") is not True or not path.is_file():
         raise ExportFailed(f"The conversion to {kind.name} left no file.")
     return path
+
+
+def export_own_file(bundle: Path, kind: Format, scratch: Path) -> Path:
+    """The same in this process, for a program that was made here and is trusted."""
+    _require(kind)
+    make = getattr(import_module("service.exports.convert"), f"{kind.name}_in_child")
+    make(str(bundle), str(scratch), None)
+    return scratch / f"deploy.{kind.ending}"
+
+
+def _require(kind: Format) -> None:
+    if not is_installed(kind):
+        raise FormatNotInstalled(
+            f"{kind.name} needs {', '.join(kind.packages)}, which are not all installed here.",
+            remedy=f"Install the extra: pip install 'foldserve[{kind.extra}]'.",
+        )
 
 
 def _homes(kind: Format) -> set[Path]:
