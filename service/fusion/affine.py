@@ -356,14 +356,41 @@ def add(a: Form, b: Form, sign: float = 1.0) -> Form:
         rules.append(Rule.IDENTITY)
 
     def kernel(memo: Memo) -> Tensor:
-        total = place_a(kernels.regrouped(a.weight(memo), ga.groups, groups))
-        branch = place_b(kernels.regrouped(b.weight(memo), gb.groups, groups))
-        return total.add_(branch, alpha=sign)
+        first = kernels.regrouped(a.weight(memo), ga.groups, groups)
+        second = kernels.regrouped(b.weight(memo), gb.groups, groups)
+        if place_b.fills and not place_a.fills:
+            whole = second if sign == 1.0 else second.mul_(sign)
+            place_a.add_to(whole, first)
+        else:
+            whole = place_a.alone(first)
+            place_b.add_to(whole, second, sign)
+        return whole
 
     return a.joined(geometry, kernel, a.bias.added(b.bias, sign), *rules, others=[b])
 
 
-Placement = Callable[[Tensor], Tensor]
+@dataclass(frozen=True)
+class Placement:
+    """Where a kernel of `taps` and `dilation` lies in one of `size` that holds it."""
+
+    taps: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def fills(self) -> bool:
+        """Whether the kernel is as large as what holds it, so that others can be added to it."""
+        return self.taps == self.size
+
+    def alone(self, kernel: Tensor) -> Tensor:
+        """The larger kernel with zeros around this one; the kernel itself where it fills it."""
+        return kernels.embedded(kernels.dilated(kernel, self.dilation), self.before, self.size)
+
+    def add_to(self, whole: Tensor, kernel: Tensor, sign: float = 1.0) -> None:
+        """Add `sign` times this kernel to the larger one, which is overwritten."""
+        own = kernels.dilated(kernel, self.dilation)
+        kernels.window(whole, self.before, own.shape[2:]).add_(own, alpha=sign)
 
 
 def _aligned(ga: Geometry, gb: Geometry) -> tuple[Geometry, Placement, Placement]:
@@ -372,7 +399,9 @@ def _aligned(ga: Geometry, gb: Geometry) -> tuple[Geometry, Placement, Placement
     lattice_a = tuple(1 if k == 1 else d for k, d in zip(ga.kernel, ga.dilation, strict=True))
     lattice_b = tuple(1 if k == 1 else d for k, d in zip(gb.kernel, gb.dilation, strict=True))
     if same and lattice_a == lattice_b:
-        return ga, _unchanged, _unchanged
+        dense, origin = (1,) * len(ga.kernel), (0,) * len(ga.kernel)
+        whole = Placement(ga.kernel, dense, origin, ga.kernel)
+        return ga, whole, whole
     offset = tuple(max(a, b) for a, b in zip(ga.offset, gb.offset, strict=True))
     reach = tuple(
         max(ea - pa, eb - pb)
@@ -382,14 +411,10 @@ def _aligned(ga: Geometry, gb: Geometry) -> tuple[Geometry, Placement, Placement
     geometry = replace(ga, kernel=size, offset=offset, dilation=(1,) * len(size))
 
     def place(own: Geometry) -> Placement:
-        before = [p - o for p, o in zip(offset, own.offset, strict=True)]
-        return lambda kernel: kernels.embedded(kernels.dilated(kernel, own.dilation), before, size)
+        before = tuple(p - o for p, o in zip(offset, own.offset, strict=True))
+        return Placement(own.kernel, own.dilation, before, size)
 
     return geometry, place(ga), place(gb)
-
-
-def _unchanged(kernel: Tensor) -> Tensor:
-    return kernel
 
 
 def concatenate(forms: Sequence[Form]) -> Form:
@@ -413,7 +438,7 @@ def concatenate(forms: Sequence[Form]) -> Form:
             own = form.geometry
             target = replace(geometry, groups=own.groups)
             _, place, _ = _aligned(own, target)
-            parts.append(place(kernels.regrouped(form.weight(memo), own.groups, 1)))
+            parts.append(place.alone(kernels.regrouped(form.weight(memo), own.groups, 1)))
         return torch.cat(parts)
 
     low = [max(form.bias.low[axis] for form in forms) for axis in range(len(geometry.kernel))]

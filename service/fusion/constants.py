@@ -21,9 +21,10 @@ from service.graph.program import Argument, DType, Node, Program, Ref
 class Constants(Mapping[str, Tensor]):
     """Weights, and nodes that read nothing but constants, by name; floating ones in float64.
 
-    Values are computed when first read and kept; weights are converted at every reading and not
-    kept. `computed` tells the nodes among the names, `expansions` those that rules may take for
-    constants of batch size 1 although they follow the batch: to other readers they are nodes.
+    Values are computed when first read. They are kept, but for those that only one other constant
+    reads; weights are converted at every reading and not kept. `computed` tells the nodes among the
+    names, `expansions` those that rules may take for constants of batch size 1 although they follow
+    the batch: to other readers they are nodes.
     """
 
     def __init__(self, program: Program) -> None:
@@ -39,6 +40,7 @@ class Constants(Mapping[str, Tensor]):
                 self._pending[node.name] = node
             elif all(name in self and name not in self._expansions for name in reads):
                 self._pending[node.name] = node
+        self._passing = self._read_once(program)
 
     def _is_batch_expansion(self, node: Node) -> bool:
         """`expand` of a constant along the batch, or a `copy` of one: for rules, that constant."""
@@ -47,6 +49,15 @@ class Constants(Mapping[str, Tensor]):
         if not isinstance(value, Ref) or value.name not in self:
             return False
         return value.name in self._expansions or any(name not in self for name in node.refs())
+
+    def _read_once(self, program: Program) -> frozenset[str]:
+        """Computed values that one other constant reads and nothing else."""
+        readers = program.readers()
+        return frozenset(
+            name
+            for name in self._pending
+            if len(readers.get(name, ())) == 1 and readers[name][0] in self._pending
+        )
 
     @property
     def computed(self) -> frozenset[str]:
@@ -70,9 +81,13 @@ class Constants(Mapping[str, Tensor]):
         return torch.clone(value) if value.dtype is torch.float64 else _widened(value)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A constant's shape, without converting a stored weight."""
-        value = self._weights[name] if name in self._weights else self[name]
-        return tuple(value.shape)
+        """A constant's shape, without converting a stored weight or computing the value."""
+        if name in self._weights:
+            return tuple(self._weights[name].shape)
+        known = self._pending[name].shape
+        if known is None or None in known:
+            return tuple(self[name].shape)
+        return tuple(size for size in known if size is not None)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._weights
@@ -86,7 +101,10 @@ class Constants(Mapping[str, Tensor]):
             return _widened(self._weights[name])
         if name not in self._values:
             with torch.no_grad():
-                self._values[name] = self._compute(self._pending[name])
+                value = self._compute(self._pending[name])
+            for read in self._passing.intersection(self._pending[name].refs()):
+                self._values.pop(read, None)
+            self._values[name] = value
         return self._values[name]
 
     def _compute(self, node: Node) -> Any:

@@ -161,13 +161,8 @@ class Field:
 
     def _virtual(self, axis: int, extent: int, stride: int, padding: tuple[int, int]) -> int:
         """A map size with the same border behaviour as the true one, and as small as can be."""
-        enough = (
-            self.low[axis]
-            + self.high[axis]
-            + 2 * (extent + abs(padding[0]) + abs(padding[1]))
-            + 2 * stride
-            + 1
-        )
+        before, after = padding
+        enough = max(self.low[axis], -before) + max(self.high[axis], -after) + extent + 2 * stride
         true = self.size[axis]
         if self.values.shape[axis + 1] == true or enough >= true:
             return true

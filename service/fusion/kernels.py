@@ -52,15 +52,24 @@ def dilated(kernel: Tensor, dilation: Sequence[int]) -> Tensor:
     return dense
 
 
+def window(kernel: Tensor, before: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The taps of `kernel` from `before` on, `size` of them along each axis, as a view of it."""
+    for axis, (start, length) in enumerate(zip(before, size, strict=True), start=2):
+        kernel = kernel.narrow(axis, start, length)
+    return kernel
+
+
 def embedded(kernel: Tensor, before: Sequence[int], size: Sequence[int]) -> Tensor:
     """`kernel` inside a zero kernel of `size`, starting at `before`.
 
     Asymmetric and small kernels become square this way (ACNet, §3.3; Diverse Branch Block, §3.2,
     Transform VI).
     """
-    after = [n - b - k for n, b, k in zip(size, before, kernel.shape[2:], strict=True)]
-    pads = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
-    return F.pad(kernel, pads) if any(pads) else kernel
+    if tuple(kernel.shape[2:]) == tuple(size):
+        return kernel
+    whole = kernel.new_zeros(*kernel.shape[:2], *size)
+    window(whole, before, kernel.shape[2:]).copy_(kernel)
+    return whole
 
 
 def composed(outer: Tensor, inner: Tensor, stride: Sequence[int], groups: int) -> Tensor:

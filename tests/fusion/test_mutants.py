@@ -106,34 +106,32 @@ mutant("branch biases forgotten", "repvgg")(
 
 @mutant("small kernel at the corner", "repvgg", "repvgg strided")
 def _(patch: Patch) -> None:
-    honest = kernels.embedded
+    honest = kernels.window
     patch.setattr(
-        kernels, "embedded", lambda kernel, before, size: honest(kernel, [0] * len(before), size)
+        kernels, "window", lambda kernel, before, size: honest(kernel, [0] * len(before), size)
     )
 
 
 @mutant("small kernel off by one", "acnet", "dbb 5x5")
 def _(patch: Patch) -> None:
-    honest = kernels.embedded
+    honest = kernels.window
 
     def wrong(kernel: Tensor, before: list[int], size: tuple[int, ...]) -> Tensor:
-        room = [n - k for n, k in zip(size, kernel.shape[2:], strict=True)]
+        room = [n - k for n, k in zip(kernel.shape[2:], size, strict=True)]
         moved = [(b + 1) % (r + 1) for b, r in zip(before, room, strict=True)]
         return honest(kernel, moved, size)
 
-    patch.setattr(kernels, "embedded", wrong)
+    patch.setattr(kernels, "window", wrong)
 
 
 @mutant("horizontal and vertical swapped", "acnet")
 def _(patch: Patch) -> None:
-    honest = kernels.embedded
+    honest = kernels.window
 
     def wrong(kernel: Tensor, before: list[int], size: tuple[int, ...]) -> Tensor:
-        if kernel.shape[2] == kernel.shape[3]:
-            return honest(kernel, before, size)
-        return honest(kernel.transpose(2, 3), before[::-1], size)
+        return honest(kernel, before[::-1], size[::-1]).transpose(2, 3)
 
-    patch.setattr(kernels, "embedded", wrong)
+    patch.setattr(kernels, "window", wrong)
 
 
 @mutant("dilation ignored", "dilated")
