@@ -191,16 +191,15 @@ class Worker:
             with self._showing_life(version):
                 self._walk(version, scratch)
             self._unsettled = False
-        except FoldserveError as error:
-            result = "interrupted" if self._stopping.is_set() else "rejected"
-            if self._stopping.is_set():
+        except Exception as error:
+            if not isinstance(error, FoldserveError):
+                log.exception("conversion_failed", model=version.model, version=version.version)
+            if self._stopping.is_set():  # also what ending it led to, such as a cancelled load
+                result = "interrupted"
                 self._release(version)
             else:
-                self._reject(version, error)
-        except Exception as error:
-            result = "rejected"
-            log.exception("conversion_failed", model=version.model, version=version.version)
-            self._reject(version, ConversionCrashed(f"{type(error).__name__}: {error}"))
+                result = "rejected"
+                self._reject(version, _as_refusal(error))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             seconds = time.perf_counter() - started
@@ -317,6 +316,12 @@ class Worker:
         finally:
             done.set()
             thread.join()
+
+
+def _as_refusal(error: Exception) -> FoldserveError:
+    if isinstance(error, FoldserveError):
+        return error
+    return ConversionCrashed(f"{type(error).__name__}: {error}")
 
 
 def _inside(scratch: Path, path: str) -> Path:

@@ -223,8 +223,9 @@ class BlobStore:
     def _publish(self, file: BinaryIO, temporary: Path, ref: BlobRef) -> None:
         """Make a finished temporary file visible under its hash.
 
-        An existing blob is replaced: the bytes are the same by name, its time is renewed so that
-        a collector of old unreferenced blobs leaves it alone, and a damaged one is healed.
+        An existing blob stays the file that it is, for whoever was granted that very file; its time
+        is renewed so that a collector of old unreferenced blobs leaves it alone. A damaged one is
+        replaced.
         """
         key = _key(ref.sha256)
         if self._root is None:
@@ -236,10 +237,14 @@ class BlobStore:
             return
         os.fsync(file.fileno())
         final = self._root / key
+        whole = _identity_if_whole(final, ref)
         # Alone while the folder is new, or a second writer could use it before it is durable.
         with self._folder_lock(fcntl.LOCK_SH if final.parent.is_dir() else fcntl.LOCK_EX):
             make_folder(final.parent)
-            os.replace(temporary, final)
+            if whole is not None and _identity(final) == whole:
+                os.utime(final)
+            else:
+                os.replace(temporary, final)
         fsync_folder(final.parent)
         self._damaged.pop(ref.sha256, None)
 
@@ -359,6 +364,24 @@ class BlobWriter:
         tb: TracebackType | None,
     ) -> None:
         self.abort()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file; None when there is none."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def _identity_if_whole(path: Path, ref: BlobRef) -> tuple[int, int] | None:
+    """`_identity` of a file that holds these very bytes; None when it does not."""
+    with suppress(OSError), open(path, "rb") as file:
+        found = os.fstat(file.fileno())
+        if found.st_size == ref.size:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return (found.st_dev, found.st_ino) if digest == ref.sha256 else None
+    return None
 
 
 def _key(sha256: str) -> str:

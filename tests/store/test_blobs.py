@@ -222,6 +222,20 @@ def test_any_flipped_bit_is_found_and_healed_by_the_next_put(
     local.verify(ref.sha256)
 
 
+def test_a_blob_that_is_put_again_stays_the_same_file(local: BlobStore) -> None:
+    """A conversion may have been granted that file, by its inode, and not yet have opened it."""
+    path = local.open_path(put(local, b"weights").sha256)
+    os.utime(path, (1, 1))
+    granted = path.stat().st_ino
+    put(local, b"weights")
+    assert path.stat().st_ino == granted
+    assert path.stat().st_mtime > 1, "a collector must see that it was put again"
+    path.write_bytes(b"weightz")
+    put(local, b"weights")
+    assert path.stat().st_ino != granted, "the control: a damaged one is replaced"
+    assert path.read_bytes() == b"weights"
+
+
 def test_a_cached_remote_blob_is_checked_too(tmp_path: Path) -> None:
     store = BlobStore("memory:///", local_dir=tmp_path)
     ref = put(store, b"weights")
