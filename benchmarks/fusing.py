@@ -38,6 +38,8 @@ SECONDS = 3.0
 """What fusing one ImageNet-size network may take on 2 cores."""
 MEMORY = 2.5
 """What it may hold beyond the network, in times the checkpoint's bytes."""
+MEASURED = ("seconds", "cpu", "memory")
+"""Elapsed seconds, CPU seconds of all threads (which other programs disturb less), peak memory."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{project}: no checkout given (--{name} PATH), so its converter is not run")
     print(f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}; 224x224\n")
     print(
-        "| network | checkpoint, MB | export, s | fusing, s | memory, x checkpoint | "
-        "official, s | official memory |\n|---|--:|--:|--:|--:|--:|--:|"
+        "| network | checkpoint, MB | export, s | fusing, s | of CPU, s | memory, x checkpoint | "
+        "official, s | of CPU, s | memory |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     beyond = []
     for case in options.cases or CASES:
@@ -133,10 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         converter = CASES[case]
         checkout = getattr(options, converter.project) if converter else None
         theirs = _measured(case, options, checkout) if checkout else {}
-        other = f"{theirs['seconds']:.2f} | {theirs['memory']:.2f}" if theirs else "- | -"
+        other = " | ".join(f"{theirs[k]:.2f}" if theirs else "-" for k in MEASURED)
         print(
             f"| {case} | {ours['bytes'] / 1e6:.1f} | {ours['export']:.2f} | "
-            f"{ours['seconds']:.2f} | {ours['memory']:.2f} | {other} |",
+            f"{' | '.join(f'{ours[k]:.2f}' for k in MEASURED)} | {other} |",
             flush=True,
         )
         if ours["seconds"] >= SECONDS or ours["memory"] >= MEMORY:
@@ -170,13 +172,11 @@ def _one(case: str, checkout: Path | None, threads: int) -> dict[str, Any]:
     if checkout is not None:
         converter = CASES[case]
         assert converter is not None
-        seconds, memory = _watched(_official(converter, checkout, module))
-        return {"bytes": size, "seconds": seconds, "memory": memory / size}
+        return {"bytes": size, **_watched(_official(converter, checkout, module), size)}
     started = time.perf_counter()
     program = trace(module, (torch.zeros(2, 3, 224, 224),))
     export = time.perf_counter() - started
-    seconds, memory = _watched(lambda: fuse(program))
-    return {"bytes": size, "export": export, "seconds": seconds, "memory": memory / size}
+    return {"bytes": size, "export": export, **_watched(lambda: fuse(program), size)}
 
 
 def _official(converter: Converter, checkout: Path, module: nn.Module) -> Callable[[], object]:
@@ -196,7 +196,8 @@ def _official(converter: Converter, checkout: Path, module: nn.Module) -> Callab
         return lambda: convert(network)
 
     def switch() -> nn.Module:
-        for part in list(network.modules()):
+        # Not a list made before: what a block drops as it converts is not converted by itself.
+        for part in network.modules():
             if hasattr(part, "switch_to_deploy"):
                 part.switch_to_deploy()
         return network
@@ -212,19 +213,19 @@ def _quietly(function: Callable[..., Any], *values: Any) -> Any:
         return function(*values)
 
 
-def _watched(function: Callable[[], object]) -> tuple[float, int]:
-    """Seconds that `function` took, and the bytes that the process held at most above before."""
+def _watched(function: Callable[[], object], size: int) -> dict[str, float]:
+    """What `function` took: MEASURED, with memory above what was held before in times `size`."""
     if platform.system() != "Linux":
         raise SystemExit("memory is read from /proc, which this system lacks")
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
     before = _status("VmRSS")
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     result = _quietly(function)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - worked
     highest = _status("VmHWM")
     del result
-    return seconds, max(0, highest - before)
+    return {"seconds": seconds, "cpu": cpu, "memory": max(0, highest - before) / size}
 
 
 def _status(key: str) -> int:

@@ -80,9 +80,9 @@ def _subject(name: str, program: Program, options: argparse.Namespace) -> Subjec
     return Subject(name, prepared.run, prepared.describe().to_dict())
 
 
-def _batches(shape: Sequence[int]) -> Callable[[int], Tensor]:
+def _batches(shape: Sequence[int]) -> Callable[[int], tuple[Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return lambda batch: torch.randn(batch, *shape, generator=generator)
+    return lambda batch: (torch.randn(batch, *shape, generator=generator),)
 
 
 def _parser() -> argparse.ArgumentParser:

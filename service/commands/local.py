@@ -84,6 +84,7 @@ def pack(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.")],
+    as_json: _Json = False,
 ) -> None:
     """Pack any network into a bundle that can be uploaded without its source code.
 
@@ -105,7 +106,12 @@ def pack(
         except (ImportError, AttributeError) as error:
             raise BadInput(f"{factory}: {error}.", remedy="Check the module's path.") from error
         pack_bundle(network.eval(), examples, output)
-    show.out.print(f"{output}: {output.stat().st_size:,} bytes")
+    size = output.stat().st_size
+    if as_json:
+        inputs = [{"shape": list(e.shape), "dtype": _dtype_name(e)} for e in examples]
+        show.as_json({"output": str(output), "bytes": size, "examples": inputs})
+    else:
+        show.out.print(f"{output}: {size:,} bytes")
 
 
 def _example(text: str) -> Tensor:
@@ -117,6 +123,10 @@ def _example(text: str) -> Tensor:
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"{dtype} is no dtype")
     return torch.zeros(tuple(int(extent) for extent in shape.split("x")), dtype=kind)
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _config(arch: str | None, file: Path | None) -> dict[str, Any]:
