@@ -25,6 +25,7 @@ def add(session: Session, sha256s: Iterable[str], present: Present | None) -> No
     """Before rows that need these blobs are added. Raises Conflict when one is not `present`."""
     if present is None:
         return
+    session.connection()  # begins the transaction: without it SQLite's lock is not yet held
     if _on_postgresql(session):
         session.execute(select(func.pg_advisory_xact_lock_shared(_LOCK)))
     for sha256 in sha256s:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import random
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -128,6 +130,30 @@ def test_a_version_whose_blob_was_collected_is_never_made(
         catalog.create_version("net", sha256, 7, None, {}, present=blobs.exists)
     with pytest.raises(StoreError):
         catalog.get_version("net", 1)
+
+
+def test_the_look_for_a_blob_holds_the_lock_that_collectors_take(
+    tmp_path: Path, blobs: BlobStore
+) -> None:
+    """Looked for before the transaction began, a blob could be collected before its row was in."""
+    file = tmp_path / "catalog.sqlite"
+    catalog = Catalog(sqlite_url(file))
+    locked = list[bool]()
+
+    def present(sha256: str) -> bool:
+        with closing(sqlite3.connect(file, timeout=0, isolation_level=None)) as other:
+            try:
+                other.execute("BEGIN IMMEDIATE")
+                locked.append(False)
+            except sqlite3.OperationalError:
+                locked.append(True)
+        return blobs.exists(sha256)
+
+    sha256 = put(blobs, b"weights")
+    present(sha256)
+    catalog.create_version("net", sha256, 7, None, {}, present=present)
+    catalog.close()
+    assert locked == [False, True], "the first is the control: nobody writes"
 
 
 def race(catalog: Catalog, blobs: BlobStore, *, rounds: int, careful: bool = True) -> int:
