@@ -21,10 +21,19 @@ BUSY_CONFIG: dict[str, Any] = {"input_shape": [3, SIDE, SIDE], "backend": "torch
 
 def busy_checkpoint() -> bytes:
     """About 100 million multiply-accumulates a row in a file of two megabytes."""
+    return _repvgg(10, 64)
+
+
+def heavy_checkpoint() -> bytes:
+    """Ten times as many: what four times its capacity asks for costs the client little."""
+    return _repvgg(16, 160)
+
+
+def _repvgg(depth: int, width: int) -> bytes:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         made = RepVGG(
-            num_blocks=[10, 1, 1, 1], widths=[64, 64, 64, 64], stem_width=64, num_classes=10
+            num_blocks=[depth, 1, 1, 1], widths=[width] * 4, stem_width=64, num_classes=10
         )
         made.train()
         with torch.no_grad():

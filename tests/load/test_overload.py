@@ -76,10 +76,15 @@ def memory_of(server: RunningServer) -> Iterator[list[float]]:
         thread.join()
 
 
-def overload(server: RunningServer, seconds: float) -> tuple[Outcome, Outcome, float]:
+def overload(
+    server: RunningServer, seconds: float, model: str = "busy"
+) -> tuple[Outcome, Outcome, float]:
     """The peak, four times as much, and how far memory rose from its first third to its last."""
     request = subjects.post(
-        "/v1/models/busy/predict", subjects.busy_body(), "application/x-npy", "application/x-npy"
+        f"/v1/models/{model}/predict",
+        subjects.busy_body(),
+        "application/x-npy",
+        "application/x-npy",
     )
     peak = offer(server.url, request, seconds=min(10.0, seconds / 2), connections=8)
     with memory_of(server) as samples:
@@ -104,7 +109,8 @@ def test_overload_is_shed(loaded: RunningServer) -> None:
 
 @pytest.mark.soak
 def test_overload_is_shed_for_a_minute(loaded: RunningServer, tell: Tell) -> None:
-    peak, under, growth = overload(loaded, 60.0)
+    subjects.upload(loaded, "heavy", subjects.heavy_checkpoint(), subjects.BUSY_CONFIG)
+    peak, under, growth = overload(loaded, 60.0, "heavy")
     measured = words(peak, under, growth)
     tell("4 x capacity, 60 s", "90 %, 10 ms, 100 ms, flat", measured, "endless queue, below")
     assert broken(LONG, peak, under, growth) == [], measured
