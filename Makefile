@@ -42,8 +42,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # The tests and the services that they start share the cores: threads that wait must not spin.
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
+# Two processes, each with the files of its own: half of a test's time is waiting for a service.
 test: install-test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: install-test
 	$(VENV)/bin/ruff check .
