@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 
 import httpx
 import numpy as np
@@ -94,9 +95,10 @@ def test_lists_are_paged(small: httpx.Client) -> None:
 
 
 def test_versions_are_paged_newest_first(small: httpx.Client) -> None:
-    url = "/v1/models/many/versions"
-    for _ in range(5):
-        small.post(url, content=b"x", headers=OCTETS)
+    name = f"many-{uuid.uuid4().hex[:8]}"
+    url = f"/v1/models/{name}/versions"
+    for _ in range(5):  # waited for: a state that changes between two reads would be a difference
+        small.post(url, content=b"x", headers=OCTETS | {"Prefer": "wait=60"})
     first = small.get(url).json()
     assert [item["version"] for item in first["items"]] == [5, 4]
     second = small.get(first["next"]).json()
@@ -105,7 +107,7 @@ def test_versions_are_paged_newest_first(small: httpx.Client) -> None:
     assert [item["version"] for item in last["items"]] == [1]
     assert last["next"] is None
     problem(small.get(url, params={"cursor": "x"}), 422, "bad_input")
-    whole = small.get("/v1/models/many").json()
+    whole = small.get(f"/v1/models/{name}").json()
     assert [item["version"] for item in whole["versions"]] == [5, 4]
     assert small.get(whole["next"]).json()["items"] == second["items"]
 
