@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,14 @@ class RunningServer:
         """How many files and sockets the process has open."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def opened(self, name: str) -> int:
+        """How often it has a file of that name open."""
+        found = 0
+        for number in os.listdir(f"/proc/{self.process.pid}/fd"):
+            with suppress(OSError):
+                found += os.readlink(f"/proc/{self.process.pid}/fd/{number}").endswith(f"/{name}")
+        return found
+
     def threads(self) -> int:
         """How many threads the process has."""
         return len(os.listdir(f"/proc/{self.process.pid}/task"))
@@ -52,6 +60,15 @@ class RunningServer:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(STOP_SECONDS)
+
+
+def eventually(holds: Callable[[], bool], what: str, seconds: float = 60) -> float:
+    """Wait until it holds; how long that took, in seconds."""
+    begun = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begun < seconds, what
+        time.sleep(0.02)
+    return time.monotonic() - begun
 
 
 @contextmanager

@@ -114,9 +114,13 @@ class Booted:
         """SIGKILL, and wait until it is gone."""
         end(self.pid, signal.SIGKILL)
 
+    def wait_gone(self) -> None:
+        """Until it has died by itself."""
+        end(self.pid, 0)
+
 
 def end(pid: int, number: int, seconds: float = 40) -> None:
-    """Send a signal to a process that is not our child, and wait for its end."""
+    """Send a signal (0: none) to a process that is not our child, and wait for its end."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -8,14 +8,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
 from tests.api import tiny
 from tests.machines import small
-from tests.running import STOP_SECONDS, RunningServer, running
+from tests.running import STOP_SECONDS, RunningServer, eventually, running
 
 CLIENTS = 8
 UPLOADS = 4
@@ -111,10 +110,10 @@ def test_nothing_accepted_is_lost_when_the_service_ends(tmp_path: Path) -> None:
         half_sent = HalfSent(server)
         load = Load(server.url)
         stream = Stream(f"{server.url}/v1/models/slow/versions/{UPLOADS}/events")
-        _until(lambda: load.answered >= 4 * CLIENTS and stream.began.is_set())
+        eventually(lambda: load.answered >= 4 * CLIENTS and stream.began.is_set(), "load")
         begun = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        _until(lambda: _is_closed(server.url))
+        eventually(lambda: _is_closed(server.url), "nobody listens any more")
         late = half_sent.finish()
         assert server.process.wait(STOP_SECONDS) == 0
         seconds = time.monotonic() - begun
@@ -130,13 +129,6 @@ def test_nothing_accepted_is_lost_when_the_service_ends(tmp_path: Path) -> None:
         left = [accepted, *client.get("/v1/models/slow").json()["versions"]]
         assert [version["error"] for version in left] == [None] * (UPLOADS + 1)
         assert {version["state"] for version in left} <= {"queued", "converting", "ready"}
-
-
-def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def _is_closed(url: str) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -14,6 +13,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from tests.machines import small
 from tests.machines.machine import Booted, Machine
+from tests.running import eventually
 
 FOLLOW_SECONDS = 0.3
 STALE_SECONDS = 3.0
@@ -40,15 +40,6 @@ def shared(box: Machine, tmp_path: Path) -> Iterator[dict[str, str]]:
     with engine.connect() as connection:
         connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     engine.dispose()
-
-
-def eventually(holds: Callable[[], bool], what: str, seconds: float = 30) -> float:
-    """Wait until it holds; how long that took, in seconds."""
-    begun = time.monotonic()
-    while not holds():
-        assert time.monotonic() - begun < seconds, what
-        time.sleep(0.02)
-    return time.monotonic() - begun
 
 
 def state(http: httpx.Client, model: str, version: int) -> str:
