@@ -74,11 +74,14 @@ def serve(
 @app.command()
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the service running.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was seen as JSON; the rest to stderr.")
+    ] = False,
 ) -> None:
     """Train two small networks, convert, serve and benchmark them, from nothing to a result."""
     from service.demo import run
 
-    raise typer.Exit(run(keep=keep))
+    raise typer.Exit(run(keep=keep, as_json=as_json))
 
 
 for command in (convert, inspect, pack, push, models, predict, benchmark, verify, gc, backup):

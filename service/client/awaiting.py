@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from service.client.types import Input
+    from service.client.types import Input, Rows
 
 T = TypeVar("T")
 
@@ -56,6 +56,7 @@ class AsyncClient(Operations):
         model: str | None = None,
         *,
         config: Mapping[str, Any] | None = None,
+        calibration: Rows | None = None,
         progress: Transferred | None = None,
         wait: float | None = None,
     ) -> Version:
@@ -64,7 +65,9 @@ class AsyncClient(Operations):
         file = await asyncio.to_thread(path.open, "rb")
         with file:
             name = model or model_name(path)
-            return await self._run(self._upload(file, path.name, name, config, progress, wait))
+            return await self._run(
+                self._upload(file, path.name, name, config, calibration, progress, wait)
+            )
 
     async def wait(self, version: Version, seconds: float = 600.0) -> Version:
         """See `Client.wait`."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from service.client.types import Input
+    from service.client.types import Input, Rows
 
 T = TypeVar("T")
 
@@ -61,17 +61,22 @@ class Client(Operations):
         model: str | None = None,
         *,
         config: Mapping[str, Any] | None = None,
+        calibration: Rows | None = None,
         progress: Transferred | None = None,
         wait: float | None = None,
     ) -> Version:
         """Upload a file as the next version of `model` (by default named after the file).
 
-        With `wait` (seconds) it returns when the version is ready and raises why it was rejected.
+        `calibration` are typical inputs, float32 [N, *input shape], for a `config` that asks for a
+        lower precision: an array, or a .npy file or its bytes. With `wait` (seconds) it returns
+        when the version is ready and raises why it was rejected.
         """
         path = Path(checkpoint)
         with path.open("rb") as file:
             name = model or model_name(path)
-            return self._run(self._upload(file, path.name, name, config, progress, wait))
+            return self._run(
+                self._upload(file, path.name, name, config, calibration, progress, wait)
+            )
 
     def wait(self, version: Version, seconds: float = 600.0) -> Version:
         """The version once it is ready. Raises why it was rejected, or DeadlineExceeded."""

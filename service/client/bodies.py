@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from service.errors import BadInput
 
 if TYPE_CHECKING:
-    from service.client.types import Input, Json, Transferred
+    from service.client.types import Input, Json, Rows, Transferred
 
 NPY = "application/x-npy"
 _IMAGES = {b"\xff\xd8": "image/jpeg", b"\x89P": "image/png", b"RI": "image/webp"}
@@ -68,14 +68,26 @@ class EventDecoder:
         return None
 
 
+def npy_of(array: Any) -> bytes:
+    """A float32 array as the bytes of a .npy file."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(array, dtype=np.float32), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def calibration_of(given: Rows) -> bytes:
+    """The bytes of a .npy file, from its path, from an array, or as they are."""
+    if isinstance(given, bytes):
+        return given
+    return Path(given).read_bytes() if isinstance(given, str | Path) else npy_of(given)
+
+
 def body_of(given: Input) -> Json:
     """Content and headers for an array, one image, or several."""
     if hasattr(given, "__array_interface__") and hasattr(given, "ndim"):
-        import numpy as np
-
-        buffer = io.BytesIO()
-        np.save(buffer, np.asarray(given, dtype=np.float32), allow_pickle=False)
-        return {"content": buffer.getvalue(), "headers": {"Content-Type": NPY}}
+        return {"content": npy_of(given), "headers": {"Content-Type": NPY}}
     if isinstance(given, Sequence) and not isinstance(given, str | bytes):
         parts = []
         for number, one in enumerate(given):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import httpx
 
-from service.client.bodies import NPY, Counted, body_of
+from service.client.bodies import NPY, Counted, body_of, calibration_of
 from service.client.types import Form, Format, Json, Label, Transferred, Version
 from service.errors import BadInput, DeadlineExceeded, FoldserveError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from service.client.types import Input
+    from service.client.types import Input, Rows
 
 T = TypeVar("T")
 
@@ -79,11 +79,14 @@ class Operations:
         filename: str,
         model: str,
         config: Mapping[str, Any] | None,
+        calibration: Rows | None,
         progress: Transferred | None,
         wait: float | None,
     ) -> Steps[Version]:
         # The answer comes at once and the wait is ours: a proxy may cut long silences.
         form: Json = {"files": {"checkpoint": (filename, Counted(file, progress))}}
+        if calibration is not None:
+            form["files"]["calibration"] = ("calibration.npy", calibration_of(calibration))
         if config is not None:
             form["data"] = {"config": json.dumps(dict(config))}
         response = yield Call("POST", f"/v1/models/{model}/versions", form)

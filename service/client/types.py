@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     Picture = str | Path | bytes | Image
     Input = Picture | Sequence[Picture] | NDArray[Any]
+    Rows = str | Path | bytes | NDArray[Any]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 

@@ -36,14 +36,21 @@ def push(
     preprocessing: Annotated[
         str | None, typer.Option(help="A preset, as `imagenet` or `cifar10`.")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="What to serve in: float32, bfloat16, int8, auto, ...")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Typical inputs for int8, as .npy."),
+    ] = None,
     url: _Url = DEFAULT_URL,
     as_json: _Json = False,
 ) -> None:
     """Upload a checkpoint, follow its conversion, and show the certificate and a curl line."""
     with show.refusals(), Client(url) as client:
         name = model or model_name(checkpoint)
-        given = _upload_config(config, labels, preprocessing)
-        version = _upload(client, checkpoint, name, given, quiet=as_json)
+        given = _upload_config(config, labels, preprocessing=preprocessing, precision=precision)
+        version = _upload(client, checkpoint, name, given, calibration, quiet=as_json)
         version = _follow(client, version, quiet=as_json)
     if as_json:
         show.as_json(version.raw)
@@ -127,7 +134,7 @@ def benchmark(
 
 
 def _upload_config(
-    config: Path | None, labels: Path | None, preprocessing: str | None
+    config: Path | None, labels: Path | None, **options: str | None
 ) -> dict[str, Any] | None:
     try:
         given: dict[str, Any] = {} if config is None else json.loads(config.read_bytes())
@@ -135,8 +142,7 @@ def _upload_config(
         raise InvalidConfig(f"{config} is not JSON: {error}.") from None
     if labels is not None:
         given["labels"] = labels.read_text().splitlines()
-    if preprocessing is not None:
-        given["preprocessing"] = preprocessing
+    given.update({name: value for name, value in options.items() if value is not None})
     return given or None
 
 
@@ -157,7 +163,13 @@ def _curl(url: str, version: Version) -> str:
 
 
 def _upload(
-    client: Client, file: Path, name: str, config: dict[str, Any] | None, *, quiet: bool
+    client: Client,
+    file: Path,
+    name: str,
+    config: dict[str, Any] | None,
+    calibration: Path | None,
+    *,
+    quiet: bool,
 ) -> Version:
     columns = (TextColumn("upload"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=show.err, transient=True, disable=quiet) as bars:
@@ -166,6 +178,7 @@ def _upload(
             file,
             name,
             config=config,
+            calibration=calibration,
             progress=lambda sent, total: bars.update(task, completed=sent, total=total),
         )
 

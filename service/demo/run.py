@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,22 +31,32 @@ BENCHMARK_SECONDS = 20.0
 BATCH_SIZES = (1, 8)
 
 
-def run(*, keep: bool = False, data_dir: Path | None = None, console: Console | None = None) -> int:
+def run(
+    *,
+    keep: bool = False,
+    as_json: bool = False,
+    data_dir: Path | None = None,
+    console: Console | None = None,
+) -> int:
     """Run the demo; 0 if everything held, 1 otherwise, with the reason on the console.
 
     The service's data goes to `data_dir`, or to a temporary folder that is removed at the end.
-    With `keep` the service goes on running and its data stays.
+    With `keep` the service goes on running and its data stays. With `as_json` what was seen goes
+    to standard output as one object, and everything else to standard error.
     """
-    out = console or Console(highlight=False)
+    out = console or Console(highlight=False, stderr=as_json)
     folder = data_dir or Path(tempfile.mkdtemp(prefix="foldserve-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     kept = False
     try:
         with Service(folder) as service:
             with Client(service.url, timeout=300) as client:
-                _Demo(out, client, folder).walk()
+                demo = _Demo(out, client, folder)
+                demo.walk()
             kept = keep
             _farewell(out, service, keep)
+            if as_json:
+                print(json.dumps({"url": service.url, **demo.seen}, indent=2))
     except DemoFailed as failure:
         out.print(f"[bold red]The demo failed.[/] {failure}", soft_wrap=True)
         return 1
@@ -67,6 +79,7 @@ class _Demo:
 
     def __init__(self, out: Console, client: Client, folder: Path) -> None:
         self.out, self.client, self.folder = out, client, folder
+        self.seen: dict[str, Any] = {"versions": [], "compared": []}
 
     def walk(self) -> None:
         """All steps, in order. Raises DemoFailed, or what the client raises."""
@@ -132,6 +145,7 @@ class _Demo:
                     bar.update(conversion, description=stage, completed=done, total=total)
             bar.update(conversion, description="converted", completed=1, total=1)
         version = self.client.wait(version, CONVERSION_SECONDS)
+        self.seen["versions"].append(version.raw)
         self.out.print(show.certificate(version.raw))
         fusion = version.fusion
         check(fusion is not None, f"Version {version.version} of {model} has no certificate.")
@@ -165,6 +179,14 @@ class _Demo:
                 judged.append(show.Judged(form, len(labels), right, seconds))
         same = int((logits["train"].argmax(1) == logits["deploy"].argmax(1)).sum())
         apart = float(np.abs(logits["train"] - logits["deploy"]).max())
+        self.seen["compared"].append(
+            {
+                "model": version.model,
+                "forms": [asdict(each) for each in judged],
+                "same_prediction": same,
+                "largest_difference": apart,
+            }
+        )
         title = f"{version.model} on the held-out split, over REST"
         self.out.print(show.side_by_side(title, judged, same, apart))
         check(
@@ -184,6 +206,10 @@ class _Demo:
         deploy, train = (
             self.client.predict(version.model, jpeg, form=form)[0] for form in ("deploy", "train")
         )
+        self.seen["photograph"] = {
+            "deploy": [asdict(label) for label in deploy],
+            "train": [asdict(label) for label in train],
+        }
         self.out.print(show.classes(deploy, train))
         check(
             [label.index for label in deploy] == [label.index for label in train],
@@ -196,6 +222,7 @@ class _Demo:
             answer = self.client.benchmark(
                 version.model, batch_sizes=BATCH_SIZES, seconds=BENCHMARK_SECONDS
             )
+        self.seen["benchmark"] = answer
         self.out.print(show.benchmark(answer))
         measured = tuple(batch["batch_size"] for batch in answer["batches"])
         check(measured == BATCH_SIZES, f"Batch sizes {measured} were measured.")

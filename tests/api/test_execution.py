@@ -10,7 +10,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from service.cli import app
+from service.client import Client
+from service.errors import InvalidConfig
 from tests.api import tiny
 from tests.api.problem import problem
 from tests.running import running
@@ -117,3 +121,26 @@ def test_int8_that_changes_too_much_is_refused_with_numbers(auto: httpx.Client) 
     assert refused["accuracy"]["passed"] is False
     assert refused["accuracy"]["top1_agreement"] < 0.98
     assert auto.get("/v1/models/noise/versions/1").json()["state"] == "rejected"
+
+
+def test_the_command_and_the_client_send_calibration(auto: httpx.Client, tmp_path: Path) -> None:
+    """Too few rows: the refusal counts those that arrived, from a file and from an array."""
+    url = str(auto.base_url)
+    (tmp_path / "net.pth").write_bytes(tiny.checkpoint())
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))
+    (tmp_path / "rows.npy").write_bytes(tiny.npy(tiny.rows(8)))
+    given = ["--config", str(tmp_path / "config.json"), "--precision", "int8", "--url", url]
+    push = ["push", str(tmp_path / "net.pth"), *given]
+    without = CliRunner().invoke(app, push)
+    assert without.exit_code == 1
+    assert "no inputs to calibrate" in " ".join(without.output.split())
+    with_rows = CliRunner().invoke(app, [*push, "--calibration", str(tmp_path / "rows.npy")])
+    assert with_rows.exit_code == 1
+    assert "8 rows" in " ".join(with_rows.output.split())
+    with Client(url) as client, pytest.raises(InvalidConfig, match="7 rows"):
+        client.upload(
+            tmp_path / "net.pth",
+            config=tiny.CONFIG | {"precision": "int8"},
+            calibration=tiny.rows(7),
+            wait=60,
+        )
