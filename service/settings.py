@@ -269,6 +269,14 @@ class Settings(BaseSettings):
     queue_rows: int = _setting(
         1024, "rows", "Rows that may wait for one model; more answers 429.", ge=1
     )
+    inline_seconds: float = _setting(
+        0.001,
+        "s",
+        "A batch known to compute faster than this on one CPU thread runs on the event loop when "
+        "nothing else computes; waking another thread for it takes longer. 0 = never.",
+        ge=0,
+        le=0.05,
+    )
     retry_after_seconds: int = _setting(
         1, "s", "`Retry-After` of an answer that asks the client to come back.", ge=1
     )

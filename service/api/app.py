@@ -127,7 +127,9 @@ async def _opened(
             await keyring.start(catalog.keys.all)
             stack.push_async_callback(keyring.close)
         limits = ModelSetLimits(
-            batch=BatchLimits(settings.queue_rows, settings.request_seconds),
+            batch=BatchLimits(
+                settings.queue_rows, settings.request_seconds, settings.inline_seconds
+            ),
             threads=settings.torch_threads,
             train_idle_seconds=settings.idle_unload_seconds,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,10 +67,14 @@ class BatchLimits:
     `queue_rows` (rows, default 1024): rows that may wait; a request beyond them gets QueueFull.
     `request_seconds` (seconds, default 30): a request that still waits after this long is dropped
     with DeadlineExceeded, unless it brought a deadline of its own.
+    `inline_seconds` (seconds, default 0 = never): a batch that is known to compute in less than
+    this, on one CPU thread, runs on the event loop when the device is idle. Waking the device's
+    thread and being woken by it would take longer.
     """
 
     queue_rows: int = 1024
     request_seconds: float = 30.0
+    inline_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,9 @@ class Batcher:
 
     Rows enter on the loop, batches are assembled and run on the device's thread, and answers are
     handed back with one call per batch and loop. The device thread is shared: after each batch the
-    next one queues behind whatever else was posted there, so models take turns.
+    next one queues behind whatever else was posted there, so models take turns. A batch that takes
+    next to no time runs on the loop instead (`BatchLimits.inline_seconds`), after the loop has
+    looked once for others who are there already.
     """
 
     def __init__(
@@ -128,6 +135,8 @@ class Batcher:
         self._waits = Tally(WAIT_SECONDS)
         self._busy_seconds = 0.0
         self._seconds_per_row = 0.0
+        self._batch_seconds: dict[int, float] = {}
+        self._inline_seconds = self.limits.inline_seconds if _runs_anywhere(prepared) else 0.0
         self._last_finish = 0.0
         self.fault: Exception | None = None
         """Why the program is out of order: not even rows of our own could be run."""
@@ -150,7 +159,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         request = Request(columns, future, deadline, now)
-        self._enqueue(request)
+        self._enqueue(request, loop)
         request.timer = loop.call_later(deadline - now, self._expire, request)
         try:
             return await future
@@ -230,7 +239,7 @@ class Batcher:
             )
         return columns
 
-    def _enqueue(self, request: Request) -> None:
+    def _enqueue(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
             if self._closing:
                 raise NotLoaded("The model is being unloaded.")
@@ -242,8 +251,23 @@ class Batcher:
             self._waiting_rows += len(request)
             first = not self._scheduled
             self._scheduled = True
-        if first:
+        if not first:
+            return
+        if self._is_quick(len(request)):
+            loop.call_soon(self._begin)
+        else:
             self._schedule()
+
+    def _begin(self) -> None:
+        """Run what came in the same moment here, if that is quick and the device idle."""
+        with self._lock:
+            rows = min(self._waiting_rows, self._largest)
+        if not (self._is_quick(rows) and self._device.run_if_idle(self._turn)):
+            self._schedule()
+
+    def _is_quick(self, rows: int) -> bool:
+        """Whether a batch of that many rows is known to take less than `inline_seconds`."""
+        return self._batch_seconds.get(rows, math.inf) < self._inline_seconds
 
     def _check_room(self, rows: int) -> None:
         """Raise QueueFull if `rows` more find no place; the lock is held."""
@@ -274,7 +298,7 @@ class Batcher:
         if self._drop(request, "expired"):
             _set_error(request.future, _too_late(request))
 
-    # From here on: the device's thread.
+    # From here on: the device's thread, or the loop in its stead.
 
     def _turn(self) -> None:
         """Run one batch, then queue for the next if anything waits."""
@@ -403,6 +427,8 @@ class Batcher:
                 0.2 if self._seconds_per_row else 1.0
             )
             self._busy_seconds += finish - start
+            took = self._batch_seconds.setdefault(rows, finish - start)
+            self._batch_seconds[rows] = took + 0.2 * (finish - start - took)
             self._batch_rows[rows] += 1
             self._counts["rows"] += rows
             self._counts["batches"] += 1
@@ -423,9 +449,13 @@ class Batcher:
 
     def _deliver(self, answers: list[Answer]) -> None:
         loops = {request.loop for request, _ in answers}
+        here = _running_loop()
         for loop in loops:
             mine = [answer for answer in answers if answer[0].loop is loop]
-            hand_over(loop, self._answer, mine)
+            if loop is here:
+                self._answer(mine)
+            else:
+                hand_over(loop, self._answer, mine)
 
     # And back on the loop.
 
@@ -498,6 +528,20 @@ def _too_late(request: Request) -> DeadlineExceeded:
 def _set_error(future: asyncio.Future[Result], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop of this thread; None on the device's."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _runs_anywhere(prepared: Prepared) -> bool:
+    """Whether any thread may run the program: on a CPU, and on one thread of it."""
+    about = prepared.describe()
+    return about.place == "cpu" and about.threads == 1
 
 
 def _nothing() -> None:

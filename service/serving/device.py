@@ -3,7 +3,8 @@
 A single thread keeps two models from fighting over the same cores, needs no lock around a backend,
 and costs a lone request one hop there and one back. A plain thread fed by `queue.SimpleQueue` was
 measured against `loop.run_in_executor`: 52 against 58 microseconds there and back (uvloop: 48
-against 55), so the plain thread it is.
+against 55), so the plain thread it is. On a busy machine a hop waits for the scheduler too, and
+takes several times as long as a small network: `run_if_idle` is for work that is not worth it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class DeviceThread:
         self.threads = threads or available_cpus()
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._closed = False
+        self._unfinished = 0
         self._closing = threading.Lock()
+        self._running = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f"device {device}", daemon=True)
         self._thread.start()
 
@@ -56,7 +59,24 @@ class DeviceThread:
         with self._closing:
             if self._closed:
                 raise NotLoaded(f"The service is stopping; {self.device} takes no more work.")
+            self._unfinished += 1
             self._jobs.put(job)
+
+    def run_if_idle(self, job: Callable[[], object]) -> bool:
+        """Run `job` here and now if the device has nothing to do, and say whether it did.
+
+        Nothing else runs on the device meanwhile, and nothing that was posted before is overtaken.
+        The job must not raise. It has this thread's settings, so one that computes with several
+        threads belongs to `post`.
+        """
+        with self._closing:
+            if self._closed or self._unfinished or not self._running.acquire(blocking=False):
+                return False
+        try:
+            self._run(job)
+        finally:
+            self._running.release()
+        return True
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the device thread and return its result, or raise its error."""
@@ -86,11 +106,17 @@ class DeviceThread:
     def _work(self) -> None:
         torch.set_num_threads(self.threads)
         while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except Exception:
-                log.exception("a job on device %s raised", self.device)
+            with self._running:
+                self._run(job)
+            with self._closing:
+                self._unfinished -= 1
             del job  # or the last job would keep its tensors alive while the device is idle
+
+    def _run(self, job: Callable[[], object]) -> None:
+        try:
+            job()
+        except Exception:
+            log.exception("a job on device %s raised", self.device)
 
 
 def hand_over(

@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from service.serving import Description, RowSpec
+from service.serving import Description, Result, RowSpec
 
 POISON = -1.0
 
@@ -73,3 +74,12 @@ class Doubler:
 def rows(*values: float, width: int = 3) -> Tensor:
     """One row for each value, filled with it."""
     return torch.tensor(values, dtype=torch.float32).reshape(-1, 1).repeat(1, width)
+
+
+def is_own(result: Result, values: tuple[float, ...], width: int = 3) -> bool:
+    """Whether a result is that of these rows, in this order, and of no others."""
+    doubled, total = result.outputs
+    expected = np.array(values, dtype=np.float32)
+    return np.array_equal(doubled, np.repeat(expected[:, None] * 2, width, 1)) and np.array_equal(
+        total, expected * width
+    )

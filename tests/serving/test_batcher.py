@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Iterator
 
@@ -15,7 +14,7 @@ from service.errors import BackendFailed, BadInput, DeadlineExceeded, NotLoaded,
 from service.serving import Batcher, BatchLimits, DeviceThread, Prepared, Result, backend_named
 
 from . import pair
-from .fakes import POISON, Doubler, rows
+from .fakes import POISON, Doubler, is_own, rows
 
 
 @pytest.fixture
@@ -39,14 +38,6 @@ async def _settle() -> None:
         await asyncio.sleep(0)
 
 
-def _own(result: Result, values: tuple[float, ...], width: int = 3) -> bool:
-    doubled, total = result.outputs
-    expected = np.array(values, dtype=np.float32)
-    return np.array_equal(doubled, np.repeat(expected[:, None] * 2, width, 1)) and np.array_equal(
-        total, expected * width
-    )
-
-
 def test_a_lone_request_runs_at_once_and_alone(device: DeviceThread) -> None:
     fake = Doubler()
 
@@ -55,7 +46,7 @@ def test_a_lone_request_runs_at_once_and_alone(device: DeviceThread) -> None:
         started = time.monotonic()
         result = await batcher.submit(rows(1, 2))
         assert time.monotonic() - started < 0.5
-        assert _own(result, (1, 2))
+        assert is_own(result, (1, 2))
         assert result.timing.batch_rows == 2
         assert result.timing.batches == 1
         assert 0 <= result.timing.queue_seconds < 0.5
@@ -77,7 +68,7 @@ def test_what_waits_is_the_next_batch_in_order_of_arrival(device: DeviceThread) 
         fake.gate.set()
         results = await asyncio.gather(first, *tasks)
         assert fake.runs == [[100], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-        assert all(_own(result, (value,)) for value, result in enumerate(results[1:]))
+        assert all(is_own(result, (value,)) for value, result in enumerate(results[1:]))
         assert [result.timing.batch_rows for result in results] == [1] + [4] * 8 + [2] * 2
         stats = batcher.stats()
         assert (stats.answered, stats.rows, stats.batches, stats.waiting_rows) == (11, 11, 4, 0)
@@ -103,9 +94,9 @@ def test_more_rows_than_a_batch_are_split_and_joined_and_nobody_is_mixed_up(
         await _settle()
         fake.gate.set()
         await first
-        assert _own(await small, (1, 2))
-        assert _own(await large, tuple(range(10, 19)))
-        assert _own(await last, (3,))
+        assert is_own(await small, (1, 2))
+        assert is_own(await large, tuple(range(10, 19)))
+        assert is_own(await last, (3,))
         assert fake.runs[1:] == [[1, 2, 10, 11], [12, 13, 14, 15], [16, 17, 18, 3]]
         assert (await large).timing.batches == 3
         await batcher.close()
@@ -128,7 +119,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(device: DeviceThread) -
         assert 0.005 < refused.value.extra["retry_after"] < 0.5
         fake.gate.set()
         await asyncio.gather(first, *tasks)
-        assert _own(await batcher.submit(rows(3)), (3,))  # and there is room again
+        assert is_own(await batcher.submit(rows(3)), (3,))  # and there is room again
         assert batcher.stats().rejected == 1
         await batcher.close()
 
@@ -140,7 +131,7 @@ def test_a_request_that_could_never_wait_is_bad_input_not_queue_full(device: Dev
         batcher = Batcher(Doubler(largest=2), device, BatchLimits(queue_rows=4))
         with pytest.raises(BadInput, match="at most 4"):
             await batcher.submit(rows(*range(5)))
-        assert _own(await batcher.submit(rows(*range(4))), (0, 1, 2, 3))
+        assert is_own(await batcher.submit(rows(*range(4))), (0, 1, 2, 3))
         await batcher.close()
 
     asyncio.run(scenario())
@@ -159,8 +150,8 @@ def test_a_deadline_ends_waiting_but_not_computing(device: DeviceThread) -> None
         with pytest.raises(DeadlineExceeded):  # told at once, with the device still held up
             await late
         fake.gate.set()
-        assert _own(await running, (7,))
-        assert _own(await patient, (9,))
+        assert is_own(await running, (7,))
+        assert is_own(await patient, (9,))
         assert fake.runs == [[7], [9]]
         assert batcher.stats().expired == 1
         await batcher.close()
@@ -203,9 +194,9 @@ def test_departed_clients_do_not_compute_and_free_their_room(device: DeviceThrea
         taken_its_place = asyncio.create_task(batcher.submit(rows(4)))
         await _settle()
         fake.gate.set()
-        assert _own(await tasks[0], (1,))
-        assert _own(await tasks[2], (3,))
-        assert _own(await taken_its_place, (4,))
+        assert is_own(await tasks[0], (1,))
+        assert is_own(await tasks[2], (3,))
+        assert is_own(await taken_its_place, (4,))
         await first
         assert fake.runs == [[100], [1, 3, 4]]
         assert batcher.stats().departed == 1
@@ -229,8 +220,8 @@ def test_only_the_culprit_of_a_failed_batch_fails(device: DeviceThread) -> None:
         assert "ValueError: poison" in bad.detail
         assert isinstance(good, Result)
         assert isinstance(also_good, Result)
-        assert _own(good, (1,))
-        assert _own(also_good, (2,))
+        assert is_own(good, (1,))
+        assert is_own(also_good, (2,))
         await first
         stats = batcher.stats()
         assert (stats.answered, stats.failed, stats.retried) == (3, 1, 3)
@@ -351,8 +342,8 @@ def test_read_only_and_strided_arrays_are_accepted(device: DeviceThread) -> None
 
     async def scenario() -> None:
         batcher = Batcher(Doubler(), device)
-        assert _own(await batcher.submit(read_only), (5, 5))
-        assert _own(await batcher.submit(strided), (2, 1))
+        assert is_own(await batcher.submit(read_only), (5, 5))
+        assert is_own(await batcher.submit(strided), (2, 1))
         await batcher.close()
 
     asyncio.run(scenario())
@@ -374,7 +365,7 @@ def test_closing_answers_what_waits_and_refuses_what_comes(device: DeviceThread)
         fake.gate.set()
         await closing
         results = await asyncio.gather(first, *tasks)
-        assert all(_own(result, (value,)) for value, result in enumerate(results[1:]))
+        assert all(is_own(result, (value,)) for value, result in enumerate(results[1:]))
 
     asyncio.run(scenario())
 
@@ -393,7 +384,7 @@ def test_closing_without_draining_fails_what_waits_but_not_what_runs(device: Dev
             await waiting
         fake.gate.set()
         await closing
-        assert _own(await first, (100,))
+        assert is_own(await first, (100,))
         assert fake.runs == [[100]]
 
     asyncio.run(scenario())
@@ -411,7 +402,7 @@ def test_a_device_closed_too_early_leaves_nobody_hanging() -> None:
         closing = asyncio.create_task(asyncio.to_thread(device.close))
         await asyncio.sleep(0.02)
         fake.gate.set()
-        assert _own(await first, (100,))
+        assert is_own(await first, (100,))
         with pytest.raises(NotLoaded):
             await asyncio.wait_for(waiting, 5)
         await closing
@@ -450,72 +441,6 @@ def test_two_models_take_turns_on_one_device(device: DeviceThread) -> None:
 
     asyncio.run(scenario())
     assert order == ["one", "two"] * 4 + ["one"]
-
-
-async def _storm(fake: Doubler, device: DeviceThread, seed: int, requests: int = 150) -> list[str]:
-    """Random sizes, pauses, departures, deadlines and poison; what happened to each request."""
-    dice = random.Random(seed)
-    batcher = Batcher(fake, device, BatchLimits(queue_rows=40, request_seconds=20))
-    counter = iter(range(1, 1_000_000))
-
-    async def client() -> str:
-        await asyncio.sleep(dice.random() * 0.05)
-        values = tuple(float(next(counter)) for _ in range(dice.choice([1, 1, 1, 2, 5, 13])))
-        poisoned = dice.random() < 0.05
-        sent = (*values[:-1], POISON) if poisoned else values
-        deadline = time.monotonic() + (0.002 if dice.random() < 0.1 else 20)
-        call = asyncio.create_task(batcher.submit(rows(*sent), deadline))
-        if dice.random() < 0.2:
-            await asyncio.sleep(dice.random() * 0.01)
-            call.cancel()
-        try:
-            result = await call
-        except asyncio.CancelledError:
-            return "departed"
-        except BackendFailed:
-            return "failed" if poisoned else "blamed without fault"
-        except (QueueFull, DeadlineExceeded) as error:
-            return error.code()
-        if poisoned:
-            return "poison answered"
-        return "answered" if _own(result, values) else "wrong rows"
-
-    outcomes = await asyncio.wait_for(asyncio.gather(*(client() for _ in range(requests))), 20)
-    stats = batcher.stats()
-    assert stats.waiting_rows == 0
-    assert stats.answered + stats.failed + stats.rejected + stats.expired <= requests
-    assert stats.answered >= outcomes.count("answered")
-    assert all(size <= fake.batch_sizes[-1] for size in stats.batch_rows)
-    await batcher.close()
-    assert batcher.stats().running_rows == 0
-    return outcomes
-
-
-ALLOWED = {"answered", "departed", "failed", "queue_full", "deadline_exceeded"}
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_in_any_interleaving_everyone_gets_their_own_rows_or_an_honest_error(
-    device: DeviceThread, seed: int
-) -> None:
-    dice = random.Random(1000 + seed)
-    fake = Doubler(largest=8, pause=lambda: dice.random() * 0.001)
-    outcomes = asyncio.run(_storm(fake, device, seed))
-    assert set(outcomes) <= ALLOWED
-    assert outcomes.count("answered") > 0  # most where the machine is idle, few where it is busy
-
-
-@pytest.mark.soak
-def test_thousands_of_interleavings(device: DeviceThread) -> None:
-    for seed in range(100, 200):
-        dice = random.Random(1000 + seed)
-        fake = Doubler(largest=1 + seed % 16, pause=lambda dice=dice: dice.random() * 0.001)
-        assert set(asyncio.run(_storm(fake, device, seed, requests=400))) <= ALLOWED
-
-
-def test_the_interleaving_check_notices_rows_that_are_mixed_up(device: DeviceThread) -> None:
-    outcomes = asyncio.run(_storm(Doubler(largest=8, mix_rows=True), device, seed=1))
-    assert "wrong rows" in outcomes
 
 
 def test_a_full_queue_refuses_before_anything_is_read_or_decoded(device: DeviceThread) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,3 +113,38 @@ def test_available_cpus_are_affinity_bounded_by_the_quota(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(Path, "read_text", read_text)
     assert available_cpus() == expected
+
+
+def test_an_idle_device_lends_its_turn_and_a_busy_one_does_not() -> None:
+    device = DeviceThread("cpu", threads=1)
+    gate, done = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def mine() -> None:
+        seen.append("mine")
+        device.post(lambda: seen.append("posted meanwhile"))
+        assert not device.run_if_idle(lambda: seen.append("within"))
+        time.sleep(0.02)  # what was posted would run now if it could
+
+    assert device.run_if_idle(mine)
+    assert seen[0] == "mine"
+    device.post(done.set)
+    assert done.wait(5)
+    assert seen == ["mine", "posted meanwhile"]
+    device.post(gate.wait)
+    assert not device.run_if_idle(lambda: seen.append("overtook"))
+    gate.set()
+    device.close()
+    assert not device.run_if_idle(lambda: seen.append("after the end"))
+    assert len(seen) == 2
+
+
+def test_what_raises_in_a_lent_turn_is_logged_and_the_device_goes_on() -> None:
+    device = DeviceThread("cpu", threads=1)
+
+    def bad() -> None:
+        raise ValueError("bad job")
+
+    assert device.run_if_idle(bad)
+    assert device.run_if_idle(lambda: None)
+    device.close()
