@@ -184,8 +184,8 @@ def _has_key(settings: Settings) -> bool:
         "cannot start",
         reason=f"On {settings.host} every request needs an API key, and there is none.",
         remedy="Make one: foldserve keys create --name admin --scope read --scope predict "
-        "--scope write. Or listen on 127.0.0.1. To let in everybody who can reach the address, "
-        "set FOLDSERVE_AUTH=insecure-off.",
+        "--scope write. To let in everybody who can reach the address, set "
+        "FOLDSERVE_AUTH=insecure-off; a service on 127.0.0.1 asks for no key by default.",
     )
     return False
 

@@ -48,15 +48,17 @@ def open_page(browser: Browser, server: RunningServer) -> Iterator[Callable[...,
     """Opens watched pages; what they must never do is checked when the test ends."""
     opened: list[Watched] = []
 
-    def make(width: int = 1280, theme: str = "light", reduced: bool = True) -> Watched:
+    def make(
+        width: int = 1280, theme: str = "light", reduced: bool = True, url: str = server.url
+    ) -> Watched:
         context = browser.new_context(
-            base_url=server.url,
+            base_url=url,
             viewport={"width": width, "height": 900},
             color_scheme=theme,
             reduced_motion="reduce" if reduced else "no-preference",
         )
         context.set_default_timeout(PATIENCE_MS)
-        opened.append(Watched(context.new_page(), server.url))
+        opened.append(Watched(context.new_page(), url))
         return opened[-1]
 
     yield make

@@ -63,6 +63,21 @@ def test_a_model_that_is_not_there_says_so(web: Watched, http: httpx.Client) -> 
     expect(web.page.locator("#versions-section")).to_be_hidden()
 
 
+def test_an_image_is_dropped_on_the_try_box(web: Watched, shown: str) -> None:
+    web.go(f"/models/{shown}")
+    web.page.locator(".try-drop").evaluate(
+        """(place, bytes) => {
+          const files = new DataTransfer();
+          files.items.add(new File([new Uint8Array(bytes)], "a.png", { type: "image/png" }));
+          const how = { dataTransfer: files, bubbles: true, cancelable: true };
+          place.dispatchEvent(new DragEvent("drop", how));
+        }""",
+        list(picture()),
+    )
+    expect(web.page.locator("#try .top")).to_have_count(2)
+    expect(web.page.get_by_alt_text("The chosen image")).to_be_visible()
+
+
 def test_labels_are_text(web: Watched, shown: str) -> None:
     web.go(f"/models/{shown}")
     web.page.locator("#try input[type=file]").set_input_files(

@@ -143,15 +143,6 @@ def test_a_service_that_is_gone_is_named(web: Watched) -> None:
     web.complaints = [text for text in web.complaints if "net::ERR_FAILED" not in text]
 
 
-def test_without_a_good_key_the_reader_is_sent_to_the_login(web: Watched) -> None:
-    web.refusals = {401}
-    refusal = {"title": "No key", "detail": "A key is needed.", "code": "unauthorized"}
-    web.page.route("**/v1/models", lambda route: route.fulfill(status=401, json=refusal))
-    web.page.goto("/")
-    web.page.wait_for_url("**/login?next=%2F")
-    expect(web.page.get_by_label("API key")).to_be_focused()
-
-
 def named(file: str) -> str:
     """The name that the command gives a model; empty where the file's name makes none."""
     try:
