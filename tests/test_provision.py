@@ -84,3 +84,14 @@ def test_what_is_named_is_checked(folder: Path) -> None:
     (folder / "config.json").write_text('{"labls": []}')
     with pytest.raises(InvalidConfig, match="labls"):
         Provision.parse(f"tiny={folder / 'tiny.pth'}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_ends_the_start_and_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError) as caught,
+        running(tmp_path / "data", {"FOLDSERVE_DEVICE": "cuda"}),
+    ):
+        pass
+    assert "sees no such device" in str(caught.value)
+    assert "FOLDSERVE_DEVICE=auto" in str(caught.value)

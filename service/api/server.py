@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import structlog
+import torch
 import uvicorn
 
 from service.api.app import create_app
@@ -100,6 +101,8 @@ def run(settings: Settings) -> int:
     except FoldserveError as error:
         log.error("cannot provision", model=text, detail=error.detail, remedy=error.remedy)
         return 2
+    if settings.device == "cuda" and not _has_cuda():
+        return 2
     if settings.grpc_port and not _has_grpc():
         return 2
     if settings.otlp_endpoint and not _is_installed("opentelemetry.exporter.otlp"):
@@ -137,6 +140,19 @@ def run(settings: Settings) -> int:
     with listening:
         server.run(sockets=[listening])
     return 0 if server.started else 1
+
+
+def _has_cuda() -> bool:
+    """Whether there is a CUDA device; says what to do if not."""
+    available = torch.cuda.is_available()
+    if not available:
+        log.error(
+            "cannot serve on CUDA",
+            reason=f"FOLDSERVE_DEVICE is cuda; PyTorch {torch.__version__} sees no such device.",
+            remedy="Give the process a GPU and its driver (`docker run --gpus all`), or set "
+            "FOLDSERVE_DEVICE=auto.",
+        )
+    return available
 
 
 def _has_grpc() -> bool:
