@@ -410,7 +410,11 @@ class Batcher:
         if any(output.dim() == 0 or len(output) != count for output in outputs):
             raise BackendFailed("An output does not have one row for each row of the input.")
         self._record(count, start, finish, batch[0].request.arrived)
-        pieces = zip(*(torch.split(output, sizes) for output in outputs), strict=True)
+        pieces = (
+            [outputs]
+            if len(batch) == 1
+            else zip(*(torch.split(output, sizes) for output in outputs), strict=True)
+        )
         answers: list[Answer] = []
         for one, piece in zip(batch, pieces, strict=True):
             result = one.request.add(piece, finish - start, count)

@@ -96,6 +96,7 @@ class _OpenVino:
         self._choices = choices
         openvino = _openvino()
         self._version = str(openvino.__version__)
+        self._tensor = openvino.Tensor
         self._threads = 1
         self._core = openvino.Core()
         self._model: Any = _converted(program)
@@ -188,15 +189,17 @@ class _OpenVino:
         rows = [column.contiguous() for column in batch]
         if way != "apart" or len(rows[0]) < len(self._apart):
             request = self._together if way == "together" else self._apart[0]
-            request.infer([column.numpy() for column in rows], share_inputs=True)
+            self._give(request, rows)
+            request.infer(share_outputs=True)
             return self._answers([request])
         cut = [torch.tensor_split(column, len(self._apart)) for column in rows]
-        pieces = [[part.numpy() for part in parts] for parts in zip(*cut, strict=True)]
+        pieces = zip(*cut, strict=True)
         started: list[Any] = []
         errors: list[Exception] = []
         try:
             for request, piece in zip(self._apart, pieces, strict=True):
-                request.start_async(piece, share_inputs=True)
+                self._give(request, piece)
+                request.start_async()
                 started.append(request)
         finally:  # whatever failed, none may still run when its rows are gone
             for request in started:
@@ -207,6 +210,15 @@ class _OpenVino:
         if errors:
             raise errors[0]
         return self._answers(self._apart)
+
+    def _give(self, request: Any, rows: Sequence[Tensor]) -> None:
+        """Let a request read its inputs where they lie.
+
+        Handed to `infer`, they would be looked up, compared and wrapped in Python, and outputs
+        copied that `_answers` copies: 57 microseconds of 126 with a network that takes 65.
+        """
+        for index, column in enumerate(rows):
+            request.set_input_tensor(index, self._tensor(column.numpy(), shared_memory=True))
 
     def _answers(self, requests: Sequence[Any]) -> tuple[Tensor, ...]:
         """The requests' outputs joined by rows; copied, because a request reuses its memory."""
