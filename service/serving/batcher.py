@@ -41,6 +41,10 @@ Answer = tuple[Request, Result | Exception]
 
 log = logging.getLogger(__name__)
 
+_SLOWING = 1.1
+"""How much slower a batch may be taken to have become at once: what computes is told from what was
+only held up by other processes, which lasts for a few batches and not for dozens."""
+
 WAIT_SECONDS = (
     0.0005,
     0.001,
@@ -431,8 +435,8 @@ class Batcher:
                 0.2 if self._seconds_per_row else 1.0
             )
             self._busy_seconds += finish - start
-            took = self._batch_seconds.setdefault(rows, finish - start)
-            self._batch_seconds[rows] = took + 0.2 * (finish - start - took)
+            took = self._batch_seconds.get(rows, math.inf)
+            self._batch_seconds[rows] = min(finish - start, took * _SLOWING)
             self._batch_rows[rows] += 1
             self._counts["rows"] += rows
             self._counts["batches"] += 1
