@@ -7,6 +7,7 @@ the process id. A fork lives as `foldserve serve` does, with a fork server of it
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -23,11 +24,23 @@ import service.worker  # noqa: F401
 from service.api.server import run
 from service.settings import Settings
 
+_LATER = (
+    *("anyio._backends._asyncio", "uvloop", "uvicorn.loops.uvloop", "uvicorn.lifespan.on"),
+    *("uvicorn.protocols.http.httptools_impl", "sqlalchemy.dialects.sqlite"),
+)
+"""What a service imports once it runs."""
+
 
 def main() -> None:
     # A fork of a process with threads would not be a fresh process.
     assert len(os.listdir("/proc/self/task")) == 1
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for name in _LATER:
+        importlib.import_module(name)
+    # What a service collects at its start is then its own: looking at all that it inherited would
+    # copy the pages of it.
+    gc.collect()
+    gc.freeze()
     print("warm", flush=True)
     for line in sys.stdin:
         pid = os.fork()
