@@ -9,27 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Generator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Coroutine, Generator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import structlog
-import torch
-from torch import Tensor
 
 from service.bench import BenchPlan, Comparison, Subject, compare_in_steps
-from service.checkpoint import ReadLimits
-from service.checkpoint.child import ChildLimits
 from service.errors import (
     FoldserveError,
-    InvalidConfig,
     ModelNotFound,
     ModelUnloaded,
     NotLoaded,
@@ -37,146 +27,15 @@ from service.errors import (
     VersionNotFound,
     VersionNotReady,
 )
-from service.graph import Program, load_program
-from service.networks import ModelConfig, parse_changes
+from service.hosting.hosted import Hosted
+from service.hosting.loader import ARTIFACTS, Loader
 from service.recovery import Recovery
-from service.serving import (
-    Description,
-    Form,
-    LoadOptions,
-    ModelSet,
-    Precision,
-    Prepared,
-    Result,
-    Rows,
-    RowSpec,
-    backend_names,
-    can_quantise,
-    random_rows,
-)
+from service.serving import Description, Form, ModelSet, Prepared, random_rows
 from service.settings import Settings
 from service.store import BlobStore, Catalog, State, VersionRecord
-from service.worker import WorkerLimits
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
-
-_ARTIFACTS: Mapping[Form, str] = {"deploy": "deploy_program", "train": "train_program"}
-_PRECISIONS: Mapping[str, Precision] = {
-    "auto": "float32",
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "int8": "int8",
-}
-CALIBRATION = "calibration"
-"""Kind of the artifact that holds a version's calibration inputs."""
-
-CALIBRATION_ROWS = 32
-"""Fewest calibration inputs: half of them set ranges, and half certify the outcome."""
-
-MOST_CALIBRATION_ROWS = 600
-"""Calibration inputs that are used; more hardly change the outcome and make loading slow."""
-
-
-def check_config(text: str | bytes) -> dict[str, Any]:
-    """The config of an upload, checked as far as it can be before the file is read.
-
-    Returns it as a JSON object with every default filled in. Raises InvalidConfig.
-    """
-    config = ModelConfig.from_json(text)
-    if config.backend not in ("auto", *backend_names()):
-        raise InvalidConfig(
-            f"`backend` is {config.backend!r}, which is not available here.",
-            remedy=f"Use one of auto, {', '.join(backend_names())}.",
-            field="backend",
-        )
-    if config.precision == "int8" and not can_quantise():
-        raise InvalidConfig(
-            "`precision` is int8, which is not available here.",
-            remedy="Install foldserve[int8], or use float32 or bfloat16.",
-            field="precision",
-        )
-    checked: dict[str, Any] = json.loads(config.to_json())
-    return checked
-
-
-def check_changes(text: bytes) -> dict[str, Any]:
-    """The fields of a config that `text` changes, checked and filled in. Raises InvalidConfig."""
-    changed = parse_changes(text)
-    checked: dict[str, Any] = json.loads(changed.to_json())
-    return {field: checked[field] for field in json.loads(text)}
-
-
-def check_calibration(config: Mapping[str, Any], given: bool) -> None:
-    """Raises InvalidConfig when a config asks for int8 and no calibration inputs came with it."""
-    if config["precision"] == "int8" and not given:
-        raise InvalidConfig(
-            "`precision` is int8, and no inputs to calibrate it were sent.",
-            remedy="Send 64 or more typical inputs as the part `calibration`: one npy array "
-            "[N, *input shape], preprocessed as the network takes it.",
-            field="precision",
-        )
-
-
-def worker_limits(settings: Settings) -> WorkerLimits:
-    """The worker's limits as the settings say."""
-    prefix = "reader_"
-    reader = {
-        name.removeprefix(prefix): getattr(settings, name)
-        for name in Settings.model_fields
-        if name.startswith(prefix)
-    }
-    return WorkerLimits(
-        poll_seconds=settings.conversion_poll_seconds,
-        attempts=settings.conversion_attempts,
-        stale_seconds=settings.conversion_stale_seconds,
-        read=ReadLimits(file_bytes=settings.max_upload_bytes, **reader),
-        child=ChildLimits(
-            seconds=settings.conversion_seconds,
-            cpu_seconds=math.ceil(settings.conversion_seconds * (settings.conversion_threads + 1)),
-            memory_bytes=settings.conversion_memory_bytes,
-            file_bytes=2 * settings.max_upload_bytes + (1 << 30),
-            threads=settings.conversion_threads,
-            nice=0 if settings.conversion_priority == "normal" else 19,
-            idle=settings.conversion_priority == "idle",
-            scratch_bytes=4 * settings.max_upload_bytes + (2 << 30),
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class Hosted:
-    """A loaded version, with what a request needs to know about it.
-
-    `inputs` and `outputs` say name, shape and dtype of a row of each; `labels` has one name per
-    class if the upload gave them; `preprocessing` is the config's object, or None for the defaults.
-    """
-
-    model: str
-    version: int
-    inputs: tuple[RowSpec, ...]
-    outputs: tuple[RowSpec, ...]
-    labels: tuple[str, ...] | None
-    preprocessing: dict[str, Any] | None
-    models: ModelSet
-
-    @property
-    def item_shape(self) -> tuple[int, ...]:
-        """Shape of one row of the first input, which is the only one of most networks."""
-        return self.inputs[0].shape
-
-    def require_room(self, form: Form) -> None:
-        """Raise QueueFull if one more row would be refused: before a body is read for nothing."""
-        self.models.require_room(self.model, self.version, form)
-
-    def expecting(self, form: Form, rows: int) -> contextlib.AbstractContextManager[None]:
-        """Hold places in the queue for rows that are being decoded. Raises QueueFull."""
-        return self.models.expecting(self.model, self.version, form, rows)
-
-    async def predict(self, rows: Rows, form: Form) -> Result:
-        """Outputs for rows, as `Batcher.submit` takes them. Raises what `ModelSet.predict` does."""
-        return await self.models.predict(self.model, rows, version=self.version, form=form)
 
 
 class Host:
@@ -189,7 +48,8 @@ class Host:
     def __init__(
         self, settings: Settings, catalog: Catalog, blobs: BlobStore, models: ModelSet
     ) -> None:
-        self.settings, self.catalog, self.blobs, self.models = settings, catalog, blobs, models
+        self.settings, self.catalog, self.models = settings, catalog, models
+        self._loader = Loader(settings, catalog, blobs)
         self.failures: dict[tuple[str, int], FoldserveError] = {}
         self.started = False
         self._hosted: dict[tuple[str, int], Hosted] = {}
@@ -359,11 +219,7 @@ class Host:
         """Take over a version's labels and preprocessing, if it is loaded."""
         key = (record.model, record.version)
         if (loaded := self._hosted.get(key)) is not None:
-            self._hosted[key] = replace(
-                loaded,
-                labels=_labels(record),
-                preprocessing=record.config.get("preprocessing"),
-            )
+            self._hosted[key] = loaded.described_by(record)
 
     def is_unloaded(self, model: str) -> bool:
         """Whether the model was taken out of serving."""
@@ -433,78 +289,16 @@ class Host:
     async def _load_into_set(
         self, version: VersionRecord, files: Mapping[str, Path]
     ) -> Description:
-        """Load a version whose programs are in `files`, or else in the store; how it runs.
-
-        The training form is read again whenever it is first wanted, so that one always comes from
-        the store: a conversion's files are gone by then.
-        """
-        kinds = files or version.artifacts
+        """Load a version whose programs are in `files`, or else in the store; how it runs."""
         name, number = version.model, version.version
-
-        def deploy() -> Program:
-            if files:
-                return load_program(files[_ARTIFACTS["deploy"]])
-            return self._read(name, number, "deploy")
-
-        reads: dict[Form, Callable[[], Program]] = {"deploy": deploy}
-        if _ARTIFACTS["train"] in kinds:
-            reads["train"] = lambda: self._read(name, number, "train")
-        loaded = await self.models.load(name, number, reads, self._options(version))
+        reads, options = self._loader.reads(version, files), self._loader.options(version)
+        loaded = await self.models.load(name, number, reads, options)
         if name in self._unloaded:  # meanwhile
             await self.models.unload(name, number)
             self._check_serving(name)
         prepared = await self.models.prepared(name, number)
-        self._hosted[name, number] = Hosted(
-            model=name,
-            version=number,
-            inputs=prepared.inputs,
-            outputs=prepared.outputs,
-            labels=_labels(version),
-            preprocessing=version.config.get("preprocessing"),
-            models=self.models,
-        )
+        self._hosted[name, number] = Hosted.of(version, prepared, self.models)
         return loaded.description
-
-    def _read(self, model: str, version: int, form: Form) -> Program:
-        record = self.catalog.get_version(model, version)
-        return load_program(self.blobs.open_path(record.artifacts[_ARTIFACTS[form]]))
-
-    def _options(self, version: VersionRecord) -> LoadOptions:
-        asked = version.config
-        backend = asked.get("backend", "auto")
-        blob = version.artifacts.get(CALIBRATION)
-        calibration = None if blob is None else partial(self._calibration, blob)
-        return LoadOptions(
-            device=self.settings.device,
-            backend=self.settings.backend if backend == "auto" else backend,
-            precision=_PRECISIONS[asked.get("precision", "auto")],
-            max_batch=self.settings.max_batch,
-            calibration=calibration,
-            max_bytes=self.settings.max_activation_bytes,
-        )
-
-    def _calibration(self, blob: str) -> tuple[Tensor, ...]:
-        """The uploaded calibration inputs [N, *input shape]. Raises InvalidConfig."""
-        path = self.blobs.open_path(blob)
-        try:  # mapped, so that a header cannot claim more than the file holds
-            array = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=4096)
-        except (ValueError, OSError, EOFError) as error:
-            raise InvalidConfig(
-                f"`calibration` is not an npy array: {error}.", field="calibration"
-            ) from None
-        if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim < 2:
-            raise InvalidConfig("`calibration` is no array of float32 rows.", field="calibration")
-        if len(array) < CALIBRATION_ROWS:
-            raise InvalidConfig(
-                f"`calibration` has {len(array)} rows; {CALIBRATION_ROWS} or more are needed.",
-                field="calibration",
-            )
-        rows = np.ascontiguousarray(array[:MOST_CALIBRATION_ROWS], dtype=np.float32)
-        if not np.isfinite(rows).all():
-            raise InvalidConfig(
-                "`calibration` holds numbers that are not finite.", field="calibration"
-            )
-        return (torch.from_numpy(rows),)
 
     # ---- the worker's hooks -------------------------------------------------------------
 
@@ -515,7 +309,7 @@ class Host:
 
         Returns how it runs: `Description.to_dict`.
         """
-        if _ARTIFACTS["deploy"] not in programs or version.model in self._unloaded:
+        if ARTIFACTS["deploy"] not in programs or version.model in self._unloaded:
             return None
         with contextlib.suppress(ModelUnloaded):  # it is published all the same
             return self._on_loop(self._load_into_set(version, programs)).to_dict()
@@ -574,8 +368,3 @@ class Host:
             seconds=round(time.perf_counter() - started, 3),
         )
         return number, comparison
-
-
-def _labels(version: VersionRecord) -> tuple[str, ...] | None:
-    labels = version.config.get("labels")
-    return tuple(labels) if labels else None

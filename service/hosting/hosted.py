@@ -1,0 +1,68 @@
+"""A version that is loaded, as a request sees it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from service.serving import Form, ModelSet, Prepared, Result, Rows, RowSpec
+from service.store import VersionRecord
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A loaded version, with what a request needs to know about it.
+
+    `inputs` and `outputs` say name, shape and dtype of a row of each; `labels` has one name per
+    class if the upload gave them; `preprocessing` is the config's object, or None for the defaults.
+    """
+
+    model: str
+    version: int
+    inputs: tuple[RowSpec, ...]
+    outputs: tuple[RowSpec, ...]
+    labels: tuple[str, ...] | None
+    preprocessing: dict[str, Any] | None
+    models: ModelSet
+
+    @classmethod
+    def of(cls, version: VersionRecord, prepared: Prepared, models: ModelSet) -> Self:
+        """A version of the catalog, as it was prepared in `models`."""
+        return cls(
+            model=version.model,
+            version=version.version,
+            inputs=prepared.inputs,
+            outputs=prepared.outputs,
+            labels=_labels(version),
+            preprocessing=version.config.get("preprocessing"),
+            models=models,
+        )
+
+    def described_by(self, version: VersionRecord) -> Self:
+        """The same with the labels and the preprocessing of `version`."""
+        return replace(
+            self, labels=_labels(version), preprocessing=version.config.get("preprocessing")
+        )
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Shape of one row of the first input, which is the only one of most networks."""
+        return self.inputs[0].shape
+
+    def require_room(self, form: Form) -> None:
+        """Raise QueueFull if one more row would be refused: before a body is read for nothing."""
+        self.models.require_room(self.model, self.version, form)
+
+    def expecting(self, form: Form, rows: int) -> contextlib.AbstractContextManager[None]:
+        """Hold places in the queue for rows that are being decoded. Raises QueueFull."""
+        return self.models.expecting(self.model, self.version, form, rows)
+
+    async def predict(self, rows: Rows, form: Form) -> Result:
+        """Outputs for rows, as `Batcher.submit` takes them. Raises what `ModelSet.predict` does."""
+        return await self.models.predict(self.model, rows, version=self.version, form=form)
+
+
+def _labels(version: VersionRecord) -> tuple[str, ...] | None:
+    labels = version.config.get("labels")
+    return tuple(labels) if labels else None
