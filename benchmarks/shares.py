@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import promises
 from benchmarks.arms import RESULTS, Arm, Measured, contention, heading, measure, save, table
 from benchmarks.engine import eager, images, network, numbers, prepared
 from service.fusion import fuse
@@ -26,6 +27,11 @@ from service.serving.backends.choices import Choice, Choices
 from service.serving.backends.openvino_backend import OpenVinoBackend
 from service.serving.backends.quantise import is_installed as can_quantise
 
+SERVED = {
+    "float32": "deploy form, openvino, a stream a core",
+    "bfloat16": "the same in bfloat16",
+    "int8": "the same in int8",
+}
 STEPS = ("fusing", "engine", "threads", "precision bfloat16", "precision int8")
 
 
@@ -53,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contention(others, 2 * options.seconds + 240):
         for group in measure(arms, images(options.size), options.batches, options.seconds):
             rows += group
-    lines = [*table(rows), "", *_shares(rows, options.batches)]
+    kept = promises.lines(list(_promises(rows, options.batches, options.contended)))
+    lines = [*table(rows), "", *_shares(rows, options.batches), *kept]
     where = f"beside {others} busy processes" if others else "on the machine as it is"
     data = {
         "network": options.network,
@@ -80,10 +87,10 @@ def _ways(deploy: Program, options: argparse.Namespace) -> Iterator[Arm]:
     apart = "apart" if options.threads > 1 else "alone"
     together, streams = OpenVinoBackend(Fixed("together")), OpenVinoBackend(Fixed(apart))
     yield prepared("deploy form, openvino, threads together", together, deploy, "float32", sizes)
-    yield prepared("deploy form, openvino, a stream a core", streams, deploy, "float32", sizes)
-    yield prepared("the same in bfloat16", streams, deploy, "bfloat16", sizes)
+    yield prepared(SERVED["float32"], streams, deploy, "float32", sizes)
+    yield prepared(SERVED["bfloat16"], streams, deploy, "bfloat16", sizes)
     if can_quantise():
-        yield prepared("the same in int8", streams, deploy, "int8", sizes)
+        yield prepared(SERVED["int8"], streams, deploy, "int8", sizes)
 
 
 def _shares(rows: Sequence[Measured], batches: Sequence[int]) -> Iterator[str]:
@@ -95,6 +102,19 @@ def _shares(rows: Sequence[Measured], batches: Sequence[int]) -> Iterator[str]:
         before = [*speedups[:4], speedups[3]]
         for step, ratio, so_far in zip(STEPS, speedups[1:], before, strict=False):
             yield f"| {size} | {step} | {ratio / so_far:.2f} | {ratio:.2f} |"
+
+
+def _promises(
+    rows: Sequence[Measured], batches: Sequence[int], contended: bool
+) -> Iterator[promises.Promise]:
+    for size in batches:
+        found = {row.arm: row for row in rows if row.batch == size}
+        speedups = {
+            precision: (row.interval.low, row.speedup, row.interval.high)
+            for precision, arm in SERVED.items()
+            if (row := found.get(arm)) is not None
+        }
+        yield from promises.of_shares(speedups, size, contended)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -61,6 +61,9 @@ def test_shares_multiply_to_the_whole(tmp_path: Path) -> None:
     for _, times, whole in steps[:4]:
         product *= float(times)
         assert product == pytest.approx(float(whole), rel=0.05)
+    promised = [line for line in lines if "left alone" in line]
+    assert [line.split(": ")[1].split()[0] for line in promised][:2] == ["float32", "bfloat16"]
+    assert all("held |" in line or "open" in line for line in promised)
 
 
 def test_a_control_that_differs_takes_the_claim_away() -> None:

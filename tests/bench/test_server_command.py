@@ -16,7 +16,8 @@ import torch
 
 from benchmarks import peers
 from benchmarks.load import Outcome, Plan, _quantile
-from benchmarks.server import Cell, Measured, check, render
+from benchmarks.server import check
+from benchmarks.server_report import Cell, Measured, render
 from benchmarks.subjects import Process, Server, Unavailable, start_nothing
 from benchmarks.workload import NETWORKS, Deployed, deploy_skeleton, samples
 
@@ -134,3 +135,5 @@ def test_the_report_compares_within_rounds() -> None:
     assert "| fastapi | 60.0 (20.0 to 100.0) | 3.50 (2.00 to 5.00) |" in text
     assert "**not measured**: not installed" in text
     assert "queue depth): 1.00 (1.00 to 1.00)" in text
+    assert "## Promises" in text
+    assert "| tiny, binary, concurrency 8: requests a second over fastapi: more than 1 |" in text
