@@ -13,34 +13,28 @@ import io
 import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from service.checkpoint.limits import ReadLimits, exceeded
+from service.checkpoint.pickle_calls import Judge, Scan, Storage, malformed
 from service.checkpoint.pickle_policy import (
     ALLOWED,
-    CALLABLE,
     OPAQUE,
     OPAQUE_MAPPINGS,
     ORDERED_DICT,
-    STORAGE_ITEM_BYTES,
-    TENSOR_MAKERS,
 )
 from service.checkpoint.pickle_values import (
     INERT,
     OTHER,
-    TENSOR,
     Container,
     Global,
     Nested,
-    Symbol,
     depth_of,
     is_plain,
 )
 from service.errors import (
     NotACheckpoint,
     PickleBomb,
-    TensorOutOfRange,
     TruncatedFile,
     UnsafePickle,
     UnsupportedContainer,
@@ -48,42 +42,11 @@ from service.errors import (
 )
 
 _PROTOCOL = 2
-_MAX_DIMENSIONS = 64
 _MAX_NAMED = 8
 _MAX_ODD_KEYS = 1000
-_MAX_CALLS_PER_TENSOR = 4
 
 
-@dataclass(frozen=True)
-class Storage:
-    """A storage as the pickle claims it: record `key`, `count` elements of `item_bytes`."""
-
-    key: str
-    type: str
-    count: int
-
-    @property
-    def bytes(self) -> int:
-        return self.count * STORAGE_ITEM_BYTES[self.type]
-
-
-@dataclass
-class Scan:
-    """What a pickle refers to; filled by `scan_pickle`.
-
-    Attributes:
-        storages: by key.
-        tensors: how many are made.
-        tensor_bytes: sum of their elements, bytes.
-        repeated_bytes: the part of it in tensors with more elements than their storage has.
-        forbidden: globals outside the allow-list, in order.
-    """
-
-    storages: dict[str, Storage] = field(default_factory=dict)
-    tensors: int = 0
-    tensor_bytes: int = 0
-    repeated_bytes: int = 0
-    forbidden: list[str] = field(default_factory=list)
+__all__ = ["Scan", "Storage", "read_key_list", "scan_pickle"]
 
 
 def scan_pickle(data: io.BytesIO, limits: ReadLimits, *, other_protocols: bool = False) -> Scan:
@@ -149,6 +112,7 @@ class _Walk:
 
     def __init__(self, limits: ReadLimits, other_protocols: bool) -> None:
         self.scan = Scan()
+        self._judge = Judge(self.scan, limits)
         self._limits = limits
         self._other_protocols = other_protocols
         self._steps = 0
@@ -156,8 +120,7 @@ class _Walk:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._words: list[str] = []
-        self._calls = self._odd_keys = 0
-        self._copied = {"pickle_operations": 0, "pickle_bytes": 0}
+        self._odd_keys = 0
 
     def step(self, name: str, argument: Any) -> None:
         self._steps += 1
@@ -286,7 +249,7 @@ class _Walk:
         if target is OTHER:
             return
         if not isinstance(target, Container):
-            self._malformed("puts items into what is no container")
+            malformed("puts items into what is no container")
         for item in items:
             target.add(item)
         self._check_depth(target.depth)
@@ -306,13 +269,6 @@ class _Walk:
             raise PickleBomb(
                 "The pickle uses odd values as keys, or more than 1,000 that are no text."
             )
-
-    def _copy(self, limit: str, amount: int) -> None:
-        """Account for what a call copies out of an argument that the pickle may hold only once."""
-        self._copied[limit] += amount
-        if self._copied[limit] > getattr(self._limits, limit):
-            found = f"The pickle's calls copy {self._copied[limit]} items"
-            raise exceeded(self._limits, limit, found)
 
     def get(self, key: int) -> None:
         self._stack.append(self._memo[key])
@@ -348,28 +304,18 @@ class _Walk:
         self._items()
         self._stack.append(OTHER)
 
-    def _count_call(self) -> None:
-        # An empty mapping takes 400 bytes and a parameter more, for three instructions.
-        self._calls += 1
-        if self._calls > _MAX_CALLS_PER_TENSOR * self._limits.tensors:
-            raise PickleBomb(
-                f"The pickle makes more than {_MAX_CALLS_PER_TENSOR} calls for each of the "
-                f"{self._limits.tensors} tensors that it may have.",
-                remedy="If the file is legitimate, raise FOLDSERVE_READER_TENSORS.",
-            )
-
     def reduce(self, _: Any) -> None:
-        self._count_call()
+        self._judge.count()
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             if function is not OTHER:
-                self._malformed("calls what is no function")
+                malformed("calls what is no function")
             self._stack.append(OTHER)
             return
-        self._stack.append(self._call(function.name, arguments))
+        self._stack.append(self._judge.call(function.name, arguments))
 
     def new_object(self, _: Any) -> None:
-        self._count_call()
+        self._judge.count()
         _arguments, kind = self._stack.pop(), self._stack.pop()
         name = kind.name if isinstance(kind, Global) else None
         if name in OPAQUE:
@@ -379,7 +325,7 @@ class _Walk:
         else:
             # Making tensors or storages this way allocates whatever the arguments say.
             if name in ALLOWED:
-                self._malformed(f"makes a {name} without its constructor")
+                malformed(f"makes a {name} without its constructor")
             self._stack.append(OTHER)
 
     def new_object_with_keywords(self, _: Any) -> None:
@@ -393,118 +339,10 @@ class _Walk:
         if not (isinstance(target, Container) and target.has_state) and (
             target is not INERT and target is not OTHER
         ):
-            self._malformed("sets the state of what has none")
+            malformed("sets the state of what has none")
 
     def persistent(self, _: Any) -> None:
-        claim = self._stack.pop()
-        match claim:
-            case ("storage" | b"storage", Global(kind), str(key), str() | bytes(), int(count)):
-                pass
-            case (
-                "storage" | b"storage",
-                Global(kind),
-                str(key),
-                str() | bytes(),
-                int(count),
-                None,
-            ):
-                pass
-            case _:
-                self._malformed("refers to something other than a storage")
-        if kind not in STORAGE_ITEM_BYTES:
-            if kind in ALLOWED:
-                self._malformed(f"has a storage of type {kind}")
-            self._stack.append(OTHER)
-            return
-        storage = Storage(key, kind, count)
-        if not 0 <= count < 1 << 63 or self.scan.storages.setdefault(key, storage) != storage:
-            self._malformed(f"contradicts itself about storage {key[:40]!r}")
-        self._stack.append(storage)
-
-    # ---- the functions that weights need ------------------------------------------------------
-
-    def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        if name in TENSOR_MAKERS:
-            return self._tensor(name, arguments)
-        if name == "torch._utils._rebuild_parameter":
-            if not arguments or arguments[0] is not TENSOR:
-                self._malformed("makes a parameter of what is no tensor")
-            return TENSOR
-        if name == "_codecs.encode":
-            # How protocol 2 writes bytes. Other codecs may take very long.
-            match arguments:
-                case (str(text), "latin1" | "latin-1"):
-                    self._copy("pickle_bytes", len(text))
-                    return OTHER
-            self._malformed("calls a codec other than latin1")
-        if name == ORDERED_DICT:
-            self._copy_items(arguments, "pairs")
-            return Container(has_state=True)
-        if name in OPAQUE_MAPPINGS:
-            return Container(has_state=True)
-        if name == "builtins.set":
-            self._copy_items(arguments, "plain")
-            return OTHER
-        if name == "torch.Size":
-            self._copy("pickle_operations", sum(len(a) for a in arguments if isinstance(a, tuple)))
-            return OTHER
-        if name in OPAQUE:
-            return INERT
-        if name not in CALLABLE and name in ALLOWED:
-            self._malformed(f"calls {name}")
-        return OTHER
-
-    def _copy_items(self, arguments: tuple[Any, ...], kind: str) -> None:
-        """A call that hashes the items of its one argument, if it has any."""
-        match arguments:
-            case ():
-                return
-            case (Container() as items,) if getattr(items, kind):
-                self._copy("pickle_operations", items.size)
-            case _:
-                self._malformed("makes a set or a mapping in an unknown way")
-
-    def _tensor(self, name: str, arguments: tuple[Any, ...]) -> Symbol:
-        fewest, most = TENSOR_MAKERS[name]
-        if not fewest <= len(arguments) <= most or not isinstance(arguments[0], Storage):
-            self._malformed("describes a tensor in an unknown way")
-        if arguments[6:] not in ((), (None,)):
-            raise UnsupportedContainer("A tensor carries extra metadata, which is not read.")
-        storage, offset, size, stride = arguments[:4]
-        if isinstance(size, Symbol) or not (
-            _naturals((offset,)) and _naturals(size) and _naturals(stride)
-        ):
-            self._malformed("gives a tensor sizes or strides that are not natural numbers")
-        if len(size) != len(stride):
-            self._malformed("gives a tensor more sizes than strides")
-        elements = 1
-        for length in size:
-            elements *= length
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if elements and last >= storage.count:
-            raise TensorOutOfRange(
-                f"A tensor of shape {list(size)[:8]} reaches element {last} of a storage that has "
-                f"{storage.count}."
-            )
-        self.scan.tensors += 1
-        taken = elements * STORAGE_ITEM_BYTES[storage.type]
-        self.scan.tensor_bytes += taken
-        self.scan.repeated_bytes += taken if elements > storage.count else 0
-        if self.scan.tensors > self._limits.tensors:
-            raise exceeded(self._limits, "tensors", "The file has more tensors")
-        return TENSOR
-
-    def _malformed(self, what: str) -> NoReturn:
-        raise NotACheckpoint(f"The pickle {what}; torch.save writes nothing like it.")
-
-
-def _naturals(values: Any) -> bool:
-    """Whether it is a tuple of at most `_MAX_DIMENSIONS` integers that fit 63 bits."""
-    return (
-        isinstance(values, tuple)
-        and len(values) <= _MAX_DIMENSIONS
-        and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
-    )
+        self._stack.append(self._judge.storage(self._stack.pop()))
 
 
 def _tuple_of(count: int) -> Callable[[_Walk, Any], None]:
