@@ -19,6 +19,10 @@ Kind: TypeAlias = "tuple[tuple[int | None, ...], str] | None"
 """Shape and dtype name of a tensor; None for sizes and for several outputs."""
 
 
+PASSING = frozenset({"aten.detach", "aten.alias", "aten.dropout"})
+"""Calls that return their argument itself (dropout: in eval mode, which `check_eval` tells)."""
+
+
 class Builder:
     """Collects inputs, weights and nodes, and names the nodes itself."""
 
@@ -105,6 +109,21 @@ def batch_norm_arguments(given: Mapping[str, Argument]) -> dict[str, Argument]:
 def slice_arguments(whole: str, dim: int, start: int, end: int) -> dict[str, Argument]:
     """Arguments of `aten.slice.Tensor` for `whole[start:end]` along `dim`."""
     return {"self": Ref(whole), "dim": dim, "start": start, "end": end, "step": 1}
+
+
+def check_eval(op: str, args: Mapping[str, Argument]) -> None:
+    """Raises InvalidProgram for a call that behaves as in training."""
+    training = {
+        "aten.batch_norm": args.get("training") is not False or args.get("running_mean") is None,
+        "aten.dropout": args.get("train") is not False,
+        "aten.scaled_dot_product_attention": args.get("dropout_p") != 0,
+        "aten.instance_norm": args.get("running_mean") is not None
+        and args.get("use_input_stats") is not False,
+    }
+    if training.get(op, False):
+        raise InvalidProgram(
+            f"{op} is called as in training.", remedy="Call module.eval() before exporting it."
+        )
 
 
 def is_constant(op: str, args: Mapping[str, Argument]) -> bool:

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from service.errors import InvalidProgram, UnsupportedOperator
 from service.graph.build import (
+    PASSING,
     Builder,
     Kind,
     batch_norm_arguments,
+    check_eval,
     full_arguments,
     is_constant,
     slice_arguments,
@@ -40,7 +42,7 @@ from service.graph.pt2_archive import (
     tensor_kind,
     union,
 )
-from service.graph.pt2_writes import Writes, functional
+from service.graph.writes import Writes, functional
 
 SCHEMA_MAJOR = 8
 """Version of torch/_export/serde/schema.py that is read; minor versions only add fields."""
@@ -56,8 +58,6 @@ _CHECKS = frozenset(
     )
 )
 """Calls that compute nothing; shapes are checked here anyway."""
-_SAME = frozenset({"aten.detach", "aten.alias", "aten.dropout"})
-"""Calls that return their argument itself (dropout: in eval mode, which is checked)."""
 _CASTS = frozenset({"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device"})
 
 _TARGET = re.compile(r"torch\.ops\.aten\.(\w{1,80})\.(\w{1,80})", re.ASCII)
@@ -259,8 +259,8 @@ class _Translation:
             given = full_arguments(op, given)
         elif op not in ATEN and op not in _CASTS:
             given = {key: _named(given, "a", "b")[key] for key in ("a", "b")}
-        _check_eval(op, given)
-        if op in _SAME:
+        check_eval(op, given)
+        if op in PASSING:
             self._same(given, outputs)
         elif op in _CASTS:
             self._cast(given, outputs, source)
@@ -302,11 +302,11 @@ class _Translation:
         if "self" in given and "self" not in {parameter.name for parameter in parameters}:
             given = {parameters[0].name: given.pop("self"), **given}  # as dropout_ and dropout
         args = full_arguments(pure, given)
-        _check_eval(pure, args)
+        check_eval(pure, args)
         first = next(iter(args.values()))
         if not isinstance(first, Ref):
             raise InvalidProgram(f"{op!r} does not say what it changes.")
-        if pure in _SAME:
+        if pure in PASSING:
             self._same(args, outputs)
             return
         before, after = ([p[first.name] for p in self.probes], self._evaluate(pure, args))
@@ -453,7 +453,7 @@ def _native_batch_norm(_: _Translation, given: dict[str, Argument]) -> _Rewritte
 
 def _batch_norm(_: _Translation, given: dict[str, Argument]) -> _Rewritten:
     args = full_arguments("aten.batch_norm", given)
-    _check_eval("aten.batch_norm", args)
+    check_eval("aten.batch_norm", args)
     return "aten.batch_norm", batch_norm_arguments(args)
 
 
@@ -526,21 +526,6 @@ def _named(given: Mapping[str, Argument], *names: str) -> dict[str, Argument]:
         odd = sorted(set(given) ^ set(names))[0]
         raise InvalidProgram(f"A call lacks or does not have the argument {odd[:80]!r}.")
     return dict(given)
-
-
-def _check_eval(op: str, args: Mapping[str, Argument]) -> None:
-    """Refuse what behaves as in training."""
-    training = {
-        "aten.batch_norm": args.get("training") is not False or args.get("running_mean") is None,
-        "aten.dropout": args.get("train") is not False,
-        "aten.scaled_dot_product_attention": args.get("dropout_p") != 0,
-        "aten.instance_norm": args.get("running_mean") is not None
-        and args.get("use_input_stats") is not False,
-    }
-    if training.get(op, False):
-        raise InvalidProgram(
-            f"{op} is called as in training.", remedy="Call module.eval() before exporting it."
-        )
 
 
 def _part_sizes(op: str, args: Mapping[str, Argument], whole: int, parts: int) -> list[int]:

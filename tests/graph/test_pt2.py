@@ -21,7 +21,16 @@ from service.errors import (
     NegativeVariance,
     UnsupportedOperator,
 )
-from service.graph import Program, Pt2Limits, Ref, load_program, run, save_program, trace
+from service.graph import (
+    Program,
+    Pt2Limits,
+    Ref,
+    from_exported,
+    load_program,
+    run,
+    save_program,
+    trace,
+)
 from service.networks import ModelConfig
 
 from . import archives
@@ -185,12 +194,16 @@ def test_another_weight_is_another_result(tmp_path: Path) -> None:
     assert torch.allclose(got, compute(other, (IMAGE,))[0], rtol=1e-5, atol=1e-6)
 
 
-def test_functional_exports_give_the_forms_of_tracing(
-    tmp_path: Path, network: tuple[nn.Module, tuple[Tensor, ...]]
+@pytest.mark.parametrize("form", ["training", "functional"])
+def test_archives_give_the_forms_of_translating_the_export(
+    tmp_path: Path, network: tuple[nn.Module, tuple[Tensor, ...]], form: Form
 ) -> None:
     module, example = network
-    path = saved(exported(module, *example, form="functional"), tmp_path / "net.pt2")
-    assert forms(read(path)) == forms(trace(module, example))
+    program = exported(module, *example, form=form)
+    path = saved(program, tmp_path / "net.pt2")
+    assert forms(read(path)) == forms(from_exported(program))
+    if form == "training":
+        assert forms(read(path)) == forms(trace(module, example))
 
 
 def test_training_exports_fold_in_place_calls(tmp_path: Path) -> None:
