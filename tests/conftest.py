@@ -7,6 +7,8 @@ import pytest
 
 from tests.running import RunningServer, running
 
+pytest_plugins = ["tests.promises"]
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:

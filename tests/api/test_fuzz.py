@@ -93,7 +93,7 @@ def test_the_documented_requests_get_documented_answers(
     assert found.startswith("0\n"), found
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.05)
 @pytest.mark.parametrize("pinned", [True, False])
 def test_thousands_of_requests_get_documented_answers(
     fuzzed: RunningServer, tmp_path: Path, pinned: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from tests.checkpoint.corpus import crafted
 from tests.checkpoint.mutate import mutant, seeds
 from tests.checkpoint.readers import snapshot
 from tests.processes import Held
+from tests.promises import Budget, Tell
 from tests.running import RunningServer, running
 
 CONVERSION_SECONDS = 8.0
@@ -107,13 +109,21 @@ def test_crafted_and_mutated_files_over_http(
     assert send_files(own_server, own, mutants) == 10
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.12)
 def test_all_crafted_and_many_mutated_files_over_http(
-    own_server: RunningServer, own: httpx.Client, tmp_path: Path
+    own_server: RunningServer, own: httpx.Client, tmp_path: Path, budget: Budget, tell: Tell
 ) -> None:
-    assert send_files(own_server, own, crafted_files(tmp_path, 1)) >= 200
-    mutants = ((f"mutant {n}", mutant(seeds(), n), None) for n in range(1_000))
-    assert send_files(own_server, own, mutants) == 1_000
+    known = send_files(own_server, own, crafted_files(tmp_path, 1))
+    numbers = itertools.takewhile(lambda _: budget.left > 0, range(1_000))
+    others = send_files(
+        own_server, own, ((f"mutant {n}", mutant(seeds(), n), None) for n in numbers)
+    )
+    tell(
+        "hostile files over HTTP", "200 crafted and 1,000 mutated: no 5xx, nothing touched",
+        f"{known} crafted, {others} mutated", "a planted crash is seen (test_fuzz)",
+    )  # fmt: skip
+    assert known >= 200
+    assert others >= 100, "the machine was too slow for most of them"
 
 
 @pytest.mark.parametrize("name", ["..", "a%2Fb", "a%5Cb", "a%00b", "a%E2%80%AEb", "A", "a b"])
@@ -223,11 +233,19 @@ def test_conversions_killed_at_any_moment_are_rejected_and_leave_nothing(
     check_kills(own_server, own, 5)
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.08)
 def test_many_conversions_killed_at_any_moment(
-    own_server: RunningServer, own: httpx.Client
+    own_server: RunningServer, own: httpx.Client, budget: Budget, tell: Tell
 ) -> None:
-    check_kills(own_server, own, 80)
+    kills = 0
+    while budget.left > 0 and kills < 80:
+        check_kills(own_server, own, 8)
+        kills += 8
+    tell(
+        "conversions killed at random moments", "80 rejected with a reason, nothing left",
+        f"{kills} killed", "a descriptor that is kept is seen",
+    )  # fmt: skip
+    assert kills >= 24, "the machine was too slow for most of them"
 
 
 def test_a_descriptor_that_is_kept_is_seen(own_server: RunningServer) -> None:

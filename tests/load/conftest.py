@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,16 +24,3 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         lookup = subjects.lookup_bundle(folder)
         subjects.upload(server, "lookup", lookup, {"backend": "torch"})
         yield server
-
-
-@pytest.fixture
-def tell(request: pytest.FixtureRequest) -> Callable[[str, str, str, str], None]:
-    """Writes a row of the table of promises beside pytest's own lines."""
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    capture = request.config.pluginmanager.get_plugin("capturemanager")
-
-    def row(what: str, promised: str, measured: str, control: str) -> None:
-        with capture.global_and_fixture_disabled():
-            reporter.write_line(f"\n| {what} | {promised} | {measured} | {control} |")
-
-    return row

@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from tests.api.raw import connected
+from tests.promises import Tell
 from tests.running import RunningServer
 
 MIB = 2**20
-Tell = Callable[[str, str, str, str], None]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def test_what_is_left_behind_is_seen(loaded: RunningServer) -> None:
     assert left_behind(leaking, 0.1 * MIB) == ["0.200 MiB a cycle", "threads (3, 4)"]
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.05)
 def test_five_hundred_cycles_leave_nothing(loaded: RunningServer, tell: Tell) -> None:
     trace = cycle(loaded, 500)
     tell(

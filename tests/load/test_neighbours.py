@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -17,9 +16,9 @@ from tests.api import tiny
 from tests.load import subjects
 from tests.load.conftest import SETTINGS
 from tests.load.offer import Outcome, finish, offer, quantile, start
+from tests.promises import Tell
 from tests.running import RunningServer, running
 
-Tell = Callable[[str, str, str, str], None]
 JSON, NPY = "application/json", "application/x-npy"
 PREDICT = "/v1/models/lookup/predict"
 
@@ -49,7 +48,7 @@ def test_a_poison_request_harms_no_neighbour(loaded: RunningServer) -> None:
     check_poison(poisoned(loaded, 1.5, 20))
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.03)
 def test_one_poison_request_in_a_hundred_harms_no_neighbour(
     loaded: RunningServer, tell: Tell
 ) -> None:
@@ -84,7 +83,7 @@ def test_predictions_go_on_during_a_conversion(loaded: RunningServer) -> None:
     assert quantile(under.answered, 0.5) < 5 * quantile(idle.answered, 0.5) + 0.25
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.07)
 def test_a_conversion_does_not_starve_inference(tmp_path: Path, tell: Tell) -> None:
     # The service's own default; the other tests convert at normal priority, to be done in time.
     polite = SETTINGS | {"FOLDSERVE_CONVERSION_PRIORITY": "idle"}

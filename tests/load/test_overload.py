@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +17,10 @@ import pytest
 from tests.load import subjects
 from tests.load.conftest import SETTINGS
 from tests.load.offer import Outcome, offer, quantile
+from tests.promises import Tell
 from tests.running import RunningServer, running
 
 MIB = 2**20
-Tell = Callable[[str, str, str, str], None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def test_overload_is_shed(loaded: RunningServer) -> None:
     assert broken(FAST, peak, under, growth) == [], words(peak, under, growth)
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.07)
 def test_overload_is_shed_for_a_minute(loaded: RunningServer, tell: Tell) -> None:
     subjects.upload(loaded, "heavy", subjects.heavy_checkpoint(), subjects.BUSY_CONFIG)
     peak, under, growth = overload(loaded, 60.0, "heavy")
@@ -116,7 +116,7 @@ def test_overload_is_shed_for_a_minute(loaded: RunningServer, tell: Tell) -> Non
     assert broken(LONG, peak, under, growth) == [], measured
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.04)
 def test_a_service_that_never_refuses_breaks_the_promise(tmp_path: Path, tell: Tell) -> None:
     """The control: with a queue of a million rows the same load piles up."""
     endless = SETTINGS | {"FOLDSERVE_QUEUE_ROWS": "1000000"}

@@ -69,7 +69,7 @@ def test_nothing_is_compiled_or_chosen_while_serving(
         _warm(program, name)
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.01)
 @pytest.mark.parametrize("name", ["torch", "openvino"])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_the_first_request_takes_hardly_longer_than_the_median(
