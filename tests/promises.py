@@ -1,11 +1,11 @@
 """The long form fits a budget, and what the tests measured is told in one table.
 
 Every soak test names its share of `SOAK_SECONDS` (environment; default 1,800 s, thirty minutes):
-`@pytest.mark.soak(share=0.1)`. It is ended when the share is over, and asks `budget` how long its own
-loop may go on. Shares that sum to more than 1 are an error, so the sum of all is bounded.
+`@pytest.mark.soak(share=0.1)`. It is ended when the share is over, and asks `budget` how long its
+own loop may go on. Shares that sum to more than 1 are an error, so the sum of all is bounded.
 
-A test that keeps a promise says so with `tell`. The rows come at the end of every long run, and of any
-other run with `-s`; a row held if its test passed.
+A test that keeps a promise says so with `tell`. The rows come at the end of every long run, and of
+any other run with `-s`; a row held if its test passed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 Tell = Callable[[str, str, str, str], None]
 SECONDS = 1800.0
 _OWN = 0.75
-"""The part of its share that a test spends in its loop; the rest is for making and ending things."""
+"""The part of its share that a test spends in its loop; the rest is for all around it."""
 
 
 class Budget:
