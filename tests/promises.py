@@ -18,7 +18,7 @@ import pytest
 
 Tell = Callable[[str, str, str, str], None]
 SECONDS = 1800.0
-_OWN = 0.75
+_OWN = 0.85
 """The part of its share that a test spends in its loop; the rest is for all around it."""
 
 

@@ -39,7 +39,7 @@ def test_every_promise_gets_a_row(
     result.stdout.fnmatch_lines(
         [
             "| promise | measured | negative control | held |",
-            "| a thing: at most 1 | 15.0* | 2 is seen | yes |",
+            "| a thing: at most 1 | 17.0* | 2 is seen | yes |",
             "| another: at most 1 | 2 | 3 is seen | NO |",
         ]
     )

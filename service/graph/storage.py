@@ -245,6 +245,8 @@ def _check_shapes(program: Program) -> None:
     for node in program.nodes:
         try:
             result = evaluate(node.op, node.args, values)
+        except MemoryError:
+            raise  # says something of the process, nothing of the program
         except Exception as error:
             raise InvalidProgram(
                 f"Node {node.name!r} ({node.op}) does not fit its arguments: {error}"

@@ -109,7 +109,7 @@ def test_crafted_and_mutated_files_over_http(
     assert send_files(own_server, own, mutants) == 10
 
 
-@pytest.mark.soak(share=0.08)
+@pytest.mark.soak(share=0.06)
 def test_all_crafted_and_many_mutated_files_over_http(
     own_server: RunningServer, own: httpx.Client, tmp_path: Path, budget: Budget, tell: Tell
 ) -> None:
@@ -232,7 +232,7 @@ def test_conversions_killed_at_any_moment_are_rejected_and_leave_nothing(
     check_kills(own_server, own, 5)
 
 
-@pytest.mark.soak(share=0.08)
+@pytest.mark.soak(share=0.05)
 def test_many_conversions_killed_at_any_moment(
     own_server: RunningServer, own: httpx.Client, budget: Budget, tell: Tell
 ) -> None:

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from .tricks import TRICKS
 
 FAST_MUTANTS = 2_000
 SOAK_MUTANTS = 100_000
-SOAK_STEP = 5_000
 PROCESSES = 2
 
 
@@ -104,14 +104,11 @@ def test_mutated_files_do_no_harm(reader: Reader, folder: Path) -> None:
     assert len(figures.codes) > 15, figures.codes
 
 
-@pytest.mark.soak(share=0.18)
+@pytest.mark.soak(share=0.24)
 def test_a_hundred_thousand_mutated_files_do_no_harm(
     tmp_path: Path, budget: Budget, tell: Tell
 ) -> None:
-    figures = Figures()
-    while figures.count < SOAK_MUTANTS and budget.left > 0:
-        end = min(SOAK_MUTANTS, figures.count + SOAK_STEP)
-        figures.join(fuzz_in_parallel(figures.count, end, tmp_path / str(end)))
+    figures = fuzz_in_parallel(0, SOAK_MUTANTS, tmp_path, lambda: budget.left > 0)
     print(figures.table())
     tell(
         "mutated files through the reader",
@@ -158,7 +155,7 @@ class Figures:
         return "\n".join(rows)
 
 
-def fuzz(numbers: range, reader: Reader, folder: Path) -> Figures:
+def fuzz(numbers: Iterable[int], reader: Reader, folder: Path) -> Figures:
     """Read the mutants of these numbers. A fault can be had again by its number."""
     figures, files = Figures(), seeds()
     outside = snapshot(folder.parent).keys()
@@ -172,14 +169,17 @@ def fuzz(numbers: range, reader: Reader, folder: Path) -> Figures:
     return figures
 
 
-def fuzz_in_parallel(first: int, last: int, folder: Path) -> Figures:
-    """The same in several processes, each with a folder of its own."""
+def fuzz_in_parallel(
+    first: int, last: int, folder: Path, wanted: Callable[[], bool] = lambda: True
+) -> Figures:
+    """The same in several processes, each with a folder of its own, while more is wanted."""
 
     def work(index: int) -> Figures:
         own = folder / str(index) / "inside"
         own.mkdir(parents=True)
         with Reader(own) as reader:
-            return fuzz(range(first + index, last, PROCESSES), reader, own)
+            numbers = range(first + index, last, PROCESSES)
+            return fuzz(itertools.takewhile(lambda _: wanted(), numbers), reader, own)
 
     seeds()  # made once: exporting a program is nothing for two threads
     with ThreadPoolExecutor(PROCESSES) as pool:

@@ -48,7 +48,7 @@ def test_a_poison_request_harms_no_neighbour(loaded: RunningServer) -> None:
     check_poison(poisoned(loaded, 1.5, 20))
 
 
-@pytest.mark.soak(share=0.03)
+@pytest.mark.soak(share=0.02)
 def test_one_poison_request_in_a_hundred_harms_no_neighbour(
     loaded: RunningServer, tell: Tell
 ) -> None:
@@ -83,7 +83,7 @@ def test_predictions_go_on_during_a_conversion(loaded: RunningServer) -> None:
     assert quantile(under.answered, 0.5) < 5 * quantile(idle.answered, 0.5) + 0.25
 
 
-@pytest.mark.soak(share=0.07)
+@pytest.mark.soak(share=0.06)
 def test_a_conversion_does_not_starve_inference(tmp_path: Path, tell: Tell) -> None:
     # The service's own default; the other tests convert at normal priority, to be done in time.
     polite = SETTINGS | {"FOLDSERVE_CONVERSION_PRIORITY": "idle"}

@@ -8,6 +8,7 @@ there or not at all, and what the death left lying about must be gone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import shutil
@@ -204,8 +205,10 @@ def _prepared(box: Machine, name: str, change: str = "") -> Life:
     return life
 
 
-def _go_through(life: Life, kills: int, seed: int) -> None:
-    """Kill the service `kills` times, spread over everything that can be asked."""
+def _go_through(
+    life: Life, kills: int, seed: int, wanted: Callable[[], bool] = lambda: True
+) -> None:
+    """Kill the service `kills` times, while wanted, spread over everything that can be asked."""
     chance = random.Random(seed)
     asked = (
         (lambda http: life.upload(http), 26),
@@ -214,7 +217,7 @@ def _go_through(life: Life, kills: int, seed: int) -> None:
         (lambda http: life.upload(http, wait=True), 130),
         (life.delete, 12),
     )
-    for turn in range(kills):
+    for turn in itertools.takewhile(lambda _: wanted(), range(kills)):
         ask, changes = asked[turn % len(asked)]
         if ask == life.delete and sum(k[0] == "net" for k in life.known.versions) < 2:
             ask, changes = asked[0]
@@ -238,13 +241,13 @@ def test_nothing_acknowledged_is_lost_and_nothing_partial_is_seen(box: Machine) 
     life.end()
 
 
-@pytest.mark.soak(share=0.2)
+@pytest.mark.soak(share=0.3)
 def test_a_thousand_deaths(box: Machine, budget: Budget, tell: Tell) -> None:
     """As many of the thousand as the time allows; each story begins on an empty disk."""
     started, kills = time.monotonic(), 0
     while kills < SOAK_KILLS and budget.left > 0:
         life = _prepared(box, f"soak-{kills}")
-        _go_through(life, 20, seed=kills)
+        _go_through(life, 50, seed=kills, wanted=lambda: budget.left > 0)
         kills += life.kills
         _tell(life, time.monotonic() - started)
         life.end()

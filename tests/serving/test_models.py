@@ -145,7 +145,7 @@ def test_a_load_that_fails_leaves_everything_as_it_was(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("swaps", [40, pytest.param(200, marks=pytest.mark.soak(share=0.02))])
+@pytest.mark.parametrize("swaps", [40, pytest.param(200, marks=pytest.mark.soak(share=0.015))])
 def test_hot_swaps_under_load_fail_nobody(programs: list[Program], swaps: int) -> None:
     async def scenario() -> None:
         models = ModelSet()

@@ -147,7 +147,7 @@ def test_where_there_is_not_the_others_are_refused_at_once(device: DeviceThread,
     assert "answered" in outcomes
 
 
-@pytest.mark.soak(share=0.02)
+@pytest.mark.soak(share=0.015)
 def test_thousands_of_interleavings(device: DeviceThread) -> None:
     for seed in range(100, 200):
         planned = plans(seed, 400)
