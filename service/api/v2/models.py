@@ -118,6 +118,7 @@ def _statistics(loaded: LoadedModel) -> dict[str, Any]:
         "inference_stats": {
             "success": {"count": stats.answered},
             "fail": {"count": stats.failed + stats.rejected + stats.expired},
+            "queue": _duration(stats.queue_seconds.count, stats.queue_seconds.total),
             "compute_infer": computing,
         },
         "batch_stats": [

@@ -99,6 +99,12 @@ async def _model_metadata(service: Service, request: Any) -> Any:
     return ParseDict(found, MESSAGES["ModelMetadataResponse"]())
 
 
+async def _model_config(service: Service, request: Any) -> Any:
+    version = checked_version(request.version)
+    found = await models.model_configuration(service, request.name, version)
+    return ParseDict({"config": found}, MESSAGES["ModelConfigResponse"]())
+
+
 async def _statistics(service: Service, request: Any) -> Any:
     version = checked_version(request.version)
     found = await models.statistics(service, request.name or None, version)
@@ -132,6 +138,7 @@ UNARY: Final = {
     "ModelReady": Method(_model_ready, "GET", "/v2/models/{name}/ready"),
     "ServerMetadata": Method(_server_metadata, "GET", "/v2"),
     "ModelMetadata": Method(_model_metadata, "GET", "/v2/models/{name}"),
+    "ModelConfig": Method(_model_config, "GET", "/v2/models/{name}/config"),
     "ModelStatistics": Method(_statistics, "GET", "/v2/models/{name}/stats"),
     "ModelInfer": Method(_infer, "POST", "/v2/models/{name}/infer"),
     "RepositoryIndex": Method(_index, "POST", "/v2/repository/index"),

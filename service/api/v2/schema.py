@@ -123,6 +123,28 @@ ModelStatistics
     batch_stats 7 many InferBatchStatistics
 ModelStatisticsResponse
     model_stats 1 many ModelStatistics
+ModelInput
+    name 1 one string
+    data_type 2 one DataType
+    dims 4 many int64
+ModelOutput
+    name 1 one string
+    data_type 2 one DataType
+    dims 3 many int64
+ModelDynamicBatching
+ModelConfig
+    name 1 one string
+    platform 2 one string
+    max_batch_size 4 one int32
+    input 5 many ModelInput
+    output 6 many ModelOutput
+    dynamic_batching 11 one ModelDynamicBatching
+    backend 17 one string
+ModelConfigRequest
+    name 1 one string
+    version 2 one string
+ModelConfigResponse
+    config 1 one ModelConfig
 ModelRepositoryParameter
     bool_param 1 any bool
     int64_param 2 any int64
@@ -151,6 +173,12 @@ RepositoryModelUnloadResponse
 """
 
 
+_DATA_TYPES: Final = (
+    "INVALID BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64 STRING BF16"
+)
+"""The values of the definition's one enumeration, DataType, from 0 on."""
+
+
 def _file() -> descriptor_pb2.FileDescriptorProto:
     file = descriptor_pb2.FileDescriptorProto(
         name="open_inference.proto", package=_PACKAGE, syntax="proto3"
@@ -160,6 +188,9 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
             file.message_type.add(name=line)
         else:
             _add_field(file.message_type[-1], *line.split())
+    enumeration = file.enum_type.add(name="DataType")
+    for number, name in enumerate(_DATA_TYPES.split()):
+        enumeration.value.add(name=f"TYPE_{name}", number=number)
     return file
 
 
@@ -179,7 +210,7 @@ def _add_field(message: Any, name: str, number: str, many: str, kind: str) -> No
             message.oneof_decl.add(name="parameter_choice")
         field.oneof_index = 0
     if kind[0].isupper():
-        field.type = field.TYPE_MESSAGE
+        field.type = field.TYPE_ENUM if kind == "DataType" else field.TYPE_MESSAGE
         field.type_name = f".{_PACKAGE}.{kind}"
     else:
         field.type = getattr(field, f"TYPE_{kind.upper()}")

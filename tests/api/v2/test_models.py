@@ -52,6 +52,8 @@ def test_statistics_count_rows(client: triton.InferenceServerClient, http: httpx
     assert (stats["inference_count"], stats["execution_count"]) == (4, 2)
     assert stats["inference_stats"]["success"]["count"] == 2
     assert stats["inference_stats"]["compute_infer"]["ns"] > 0
+    assert stats["inference_stats"]["queue"]["count"] == 2
+    assert 0 < stats["inference_stats"]["queue"]["ns"] < 60e9
     assert [each["batch_size"] for each in stats["batch_stats"]] == [1, 3]
     everything = client.get_inference_statistics()["model_stats"]
     assert "counted" in {each["name"] for each in everything}

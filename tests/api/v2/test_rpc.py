@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tritonclient import grpc as triton
-from tritonclient.grpc import service_pb2
+from tritonclient.grpc import model_config_pb2, service_pb2
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from service.api import server
@@ -145,6 +145,15 @@ def test_metadata_and_repository(
     assert (metadata.outputs[0].name, metadata.outputs[0].datatype) == ("output_0", "FP32")
     (stats,) = client.get_inference_statistics(model, **reads).model_stats
     assert (stats.name, stats.version) == (model, "1")
+    config = client.get_model_config(model, **reads).config
+    assert (config.name, config.platform, config.backend) == (model, "foldserve", "foldserve")
+    assert config.max_batch_size >= 1
+    assert config.HasField("dynamic_batching")
+    assert (config.input[0].name, list(config.input[0].dims)) == ("input_0", list(tiny.SHAPE))
+    assert (config.output[0].name, list(config.output[0].dims)) == ("output_0", [tiny.CLASSES])
+    (kind,) = {config.input[0].data_type, config.output[0].data_type}
+    values = config.input[0].DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
+    assert values[kind].name == "TYPE_FP32"
 
     admin = {"headers": headers["admin"]}
     client.unload_model(model, **admin)
@@ -247,7 +256,11 @@ def test_keys_open_what_they_open_over_http(
 
 def test_the_table_is_the_public_definition() -> None:
     """Numbers, types and repetition of every field, against the reference client's own classes."""
-    theirs = {each.name: each for each in service_pb2.DESCRIPTOR.message_types_by_name.values()}
+    theirs = {
+        each.name: each
+        for definition in (service_pb2, model_config_pb2)
+        for each in definition.DESCRIPTOR.message_types_by_name.values()
+    }
     for each in list(theirs.values()):
         theirs |= {nested.name: nested for nested in each.nested_types}
     for name, message in MESSAGES.items():
@@ -258,6 +271,11 @@ def test_the_table_is_the_public_definition() -> None:
                 other.type,
                 other.is_repeated,
             ), (name, field.name)
+            if field.enum_type is not None:
+                numbers = other.enum_type.values_by_name
+                assert {v.name: v.number for v in field.enum_type.values} == {
+                    name: value.number for name, value in numbers.items()
+                }
     wire = MESSAGES["ModelInferRequest"](model_name="m", raw_input_contents=[b"1"])
     wire.parameters["a"].int64_param = 3
     read = service_pb2.ModelInferRequest.FromString(wire.SerializeToString())
