@@ -196,8 +196,9 @@ class Form:
     shared: bool = False
 
     def weight(self, memo: Memo | None = None) -> Tensor:
-        """The float64 kernel, `[O, C / groups, *k]`."""
-        memo = {} if memo is None else memo
+        """The float64 kernel, `[O, C / groups, *k]`; `memo` holds what the region has computed."""
+        if memo is None:
+            return self.kernel({})
         if not self.shared:
             return self.kernel(memo)
         if self.kernel not in memo:
@@ -310,9 +311,14 @@ def convolve(
     )
 
     def kernel(memo: Memo) -> Tensor:
-        outer = kernels.regrouped(weight.load(), groups, common)
         if form.trivial:
-            return outer
+            return kernels.regrouped(weight.load(), groups, common)
+        if point_inner or point_outer:
+            if groups == inner.out_channels == weight.shape[0]:
+                return kernels.after_depthwise(weight.load(), form.weight(memo))
+            if inner.depthwise:
+                return kernels.before_depthwise(weight.load(), form.weight(memo), groups)
+        outer = kernels.regrouped(weight.load(), groups, common)
         through = kernels.regrouped(form.weight(memo), inner.groups, common)
         if point_inner or point_outer:
             return kernels.composed(outer, through, (1,) * len(taps), common)

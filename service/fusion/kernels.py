@@ -72,6 +72,25 @@ def embedded(kernel: Tensor, before: Sequence[int], size: Sequence[int]) -> Tens
     return whole
 
 
+def after_depthwise(outer: Tensor, inner: Tensor) -> Tensor:
+    """The kernel of a depthwise `outer`, `[M, 1, *k2]`, after `inner`, `[M, C / groups, *k1]`.
+
+    One of the two is 1x1. Every output channel is a product of its own: no sum over channels.
+    """
+    return outer * inner
+
+
+def before_depthwise(outer: Tensor, inner: Tensor, groups: int) -> Tensor:
+    """The kernel of `outer`, `[O, C / groups, *k2]`, after a depthwise `inner`, `[C, 1, *k1]`.
+
+    One of the two is 1x1.
+    """
+    out, per_group = outer.shape[:2]
+    own = inner.reshape(groups, 1, per_group, *inner.shape[2:])
+    product = outer.reshape(groups, out // groups, per_group, *outer.shape[2:]) * own
+    return product.reshape(out, per_group, *product.shape[3:])
+
+
 def composed(outer: Tensor, inner: Tensor, stride: Sequence[int], groups: int) -> Tensor:
     """The kernel of `outer` applied after `inner`, both dense in space and of the same `groups`.
 

@@ -112,6 +112,7 @@ def make_report(
 ) -> Report:
     """Describe what was done with `cover`, ending in the program of `merged`."""
     nodes = {node.name: node for node in analysis.program.nodes}
+    readers = analysis.program.readers()
     regions = {region.output: region for region in fused}
     blocks = []
     for name, form in cover.chosen.items():
@@ -120,7 +121,7 @@ def make_report(
             if block.convolutions_before or block.operators_before > 1:
                 blocks.append(block)
         elif form is None and nodes[name].op in CONVOLUTIONS:
-            blocks.append(_kept_block(nodes[name], analysis, cover, nodes))
+            blocks.append(_kept_block(nodes[name], analysis, cover, nodes, readers))
     totals = _totals(blocks, analysis.program, merged.program)
     return Report(tuple(blocks), merged.merges, merged.apart, totals)
 
@@ -149,7 +150,7 @@ def _fused_block(region: Region, analysis: Analysis, nodes: dict[str, Node]) -> 
         out_channels=geometry.out_channels,
         macs_before=sum(node_macs(node, analysis.specs) for node in members),
         macs_after=geometry.macs,
-        parameters_before=_parameters(members, analysis),
+        parameters_before=_parameters(members, analysis, nodes),
         parameters_after=_product(geometry.weight_shape) + geometry.out_channels,
     )
 
@@ -189,10 +190,9 @@ def _groups(node: Node) -> int:
     return groups if isinstance(groups, int) else 1
 
 
-def _parameters(members: Sequence[Node], analysis: Analysis) -> int:
+def _parameters(members: Sequence[Node], analysis: Analysis, nodes: dict[str, Node]) -> int:
     """Elements of the floating-point weights that the nodes read, directly or through folding."""
     weights = analysis.program.weights
-    nodes = {node.name: node for node in analysis.program.nodes}
     pending = [name for node in members for name in node.refs()]
     seen: set[str] = set()
     while pending:
@@ -212,8 +212,15 @@ def _product(shape: Sequence[int]) -> int:
     return result
 
 
-def _kept_block(node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, Node]) -> Block:
-    status, reason = _why_kept(node, analysis, cover, nodes)
+def _kept_block(
+    node: Node,
+    analysis: Analysis,
+    cover: Cover,
+    nodes: dict[str, Node],
+    readers: dict[str, list[str]],
+) -> Block:
+    following = [nodes[name] for name in readers.get(node.name, ()) if name]
+    status, reason = _why_kept(node, following, analysis, cover, nodes)
     specs = analysis.specs
     weight = _weight_spec(node, specs)
     shape = tuple(n or 0 for n in weight.shape) if weight else ()
@@ -237,8 +244,8 @@ def _kept_block(node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, N
         out_channels=shape[0] if shape else 0,
         macs_before=node_macs(node, specs),
         macs_after=node_macs(node, specs),
-        parameters_before=_parameters([node], analysis),
-        parameters_after=_parameters([node], analysis),
+        parameters_before=_parameters([node], analysis, nodes),
+        parameters_after=_parameters([node], analysis, nodes),
     )
 
 
@@ -252,7 +259,11 @@ def _numbers(value: object) -> tuple[int, ...]:
 
 
 def _why_kept(
-    node: Node, analysis: Analysis, cover: Cover, nodes: dict[str, Node]
+    node: Node,
+    readers: Sequence[Node],
+    analysis: Analysis,
+    cover: Cover,
+    nodes: dict[str, Node],
 ) -> tuple[str, str]:
     """The status and the sentence for a convolution that stays as it is."""
     if "transpose" in node.op:
@@ -265,7 +276,6 @@ def _why_kept(
         return "refused", "; ".join(analysis.refusals[node.name])
     if _bordered(node.name, node.name, analysis):
         return "refused", BORDER_REASON
-    readers = [n for n in nodes.values() if node.name in set(n.refs())]
     for reader in readers:
         reason = _why_apart(node, reader, analysis, cover, nodes)
         if reason is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -66,8 +67,11 @@ class Node:
 
     def refs(self) -> Iterator[str]:
         """Names of the values this node reads, in argument order, with repetition."""
-        for argument in self.args.values():
-            yield from _refs(argument)
+        return iter(self._reads)
+
+    @cached_property
+    def _reads(self) -> tuple[str, ...]:
+        return tuple(name for argument in self.args.values() for name in _refs(argument))
 
     def renamed(self, names: Mapping[str, str]) -> Node:
         """The same call reading `names[x]` wherever it read `x`."""
