@@ -54,7 +54,8 @@ Progress = Callable[[Mapping[str, Any]], None]
 class Network:
     """A network ready to be fused: its program and what is known about it.
 
-    `module` and `recognition` are None for a bundle, whose architecture nobody needs to know.
+    `module` and `recognition` are None for a bundle, whose architecture nobody needs to know, and
+    `module` for another library's network, whose deploy form is that of the program.
     """
 
     program: Program
@@ -197,7 +198,8 @@ def understand(
         "container": checkpoint.container,
         "wrappers": list(checkpoint.wrappers),
     }
-    return Network(program, recognition.form, architecture, module, recognition)
+    own = None if recognition.foreign else module
+    return Network(program, recognition.form, architecture, own, recognition)
 
 
 def exported(archive: Archive, limits: ReadLimits) -> Program:

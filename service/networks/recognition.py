@@ -26,6 +26,7 @@ from service.errors import (
     UnexpectedKeys,
     UnknownArchitecture,
 )
+from service.networks import foreign
 from service.networks.base import deploy_skeleton
 from service.networks.config import ModelConfig, Requested
 from service.networks.dialects import Renaming, renamed, translate
@@ -63,6 +64,11 @@ class Recognition:
     dropped: tuple[str, ...]
     renaming: Renaming = field(default_factory=Renaming)
 
+    @property
+    def foreign(self) -> bool:
+        """Whether another library builds the network, so that it has no deploy form of its own."""
+        return foreign.is_foreign(self.network)
+
     def public_key(self, key: str) -> str:
         """The name of one of the built network's keys in the project the file came from."""
         return self.renaming.theirs(key)
@@ -76,6 +82,8 @@ def recognise(state: Mapping[str, Tensor], config: ModelConfig | None = None) ->
     """
     config = config or ModelConfig()
     own = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if foreign.is_foreign(config.requested().name):
+        return _recognise_foreign(own, config)
     project, renaming = translate(Keys(own))
     names = renamed(own, renaming)
     shapes = {names[key]: shape for key, shape in own.items()}
@@ -132,14 +140,36 @@ def _recognise(shapes: Mapping[str, Shape], config: ModelConfig) -> Recognition:
     )
 
 
+def _recognise_foreign(shapes: Mapping[str, Shape], config: ModelConfig) -> Recognition:
+    """A network of another library, which the config names: its keys must be the file's."""
+    requested = config.requested()
+    name = str(requested.name)
+    network = foreign.create(name, requested.values)
+    _check(name, {key: tuple(t.shape) for key, t in network.state_dict().items()}, shapes)
+    classes, shape = foreign.classes_of(network), foreign.input_shape_of(network)
+    _agree_on_labels(config, classes)
+    assumed = () if config.input_shape or shape else ("The input is taken to be 3x224x224.",)
+    return Recognition(
+        family="timm",
+        network=name,
+        name=name,
+        form="train",
+        hyperparameters=dict(requested.values),
+        num_classes=classes,
+        input_shape=config.input_shape or shape or (3, 224, 224),
+        evidence=(f"The config names {name}, whose keys and shapes are the file's.",),
+        assumed=assumed,
+        dropped=(),
+    )
+
+
 def build(recognition: Recognition, state: Mapping[str, Tensor]) -> nn.Module:
     """The recognised network in evaluation mode and float32, holding the weights of `state`.
 
     Half and double precision are converted. Raises MissingKeys, UnexpectedKeys or ShapeMismatch
     when `state` is not the one that was recognised.
     """
-    family = next(row for row in FAMILIES if row.network == recognition.network)
-    module = family.make(**recognition.hyperparameters)
+    module = _made(recognition)
     if recognition.form == "deploy":
         module = deploy_skeleton(module)
     own = module.state_dict()
@@ -147,12 +177,20 @@ def build(recognition: Recognition, state: Mapping[str, Tensor]) -> nn.Module:
     names = renamed(kept, recognition.renaming)
     wanted = {names[key]: tensor for key, tensor in kept.items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
-    _check(family, {key: tuple(tensor.shape) for key, tensor in own.items()}, shapes)
+    own_shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    _check(recognition.network, own_shapes, shapes)
     for key in own:
         if _BOOKKEEPING.search(key):
             wanted.setdefault(key, own[key])
     module.load_state_dict({key: wanted[key].reshape(own[key].shape) for key in own})
     return module.float().eval()
+
+
+def _made(recognition: Recognition) -> nn.Module:
+    if recognition.foreign:
+        return foreign.create(recognition.network, recognition.hyperparameters)
+    family = next(row for row in FAMILIES if row.network == recognition.network)
+    return family.make(**recognition.hyperparameters)
 
 
 def bare_blocks(state: Mapping[str, Tensor]) -> str | None:
@@ -273,6 +311,10 @@ def _agree(family: Family, config: ModelConfig, values: Values, size: int | None
             f"`input_shape` is {show(config.input_shape)}; these weights take {size}x{size} only.",
             field="input_shape",
         )
+    _agree_on_labels(config, classes)
+
+
+def _agree_on_labels(config: ModelConfig, classes: int | None) -> None:
     if config.labels and classes and len(config.labels) != classes:
         raise InvalidConfig(
             f"`labels` holds {len(config.labels)} names; the network has {classes} classes.",
@@ -297,29 +339,27 @@ def _compare(family: Family, network: nn.Module, shapes: Mapping[str, Shape]) ->
     # Some deploy forms have no key of their own, only fewer.
     fewer = not of_train and any(key not in deploy for key in train)
     form: Form = "deploy" if of_deploy or fewer else "train"
-    _check(family, deploy if form == "deploy" else train, shapes)
+    _check(family.network, deploy if form == "deploy" else train, shapes)
     return form
 
 
-def _check(family: Family, own: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+def _check(network: str, own: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
     missing = [key for key in own if key not in found and not _BOOKKEEPING.search(key)]
     extra = [key for key in found if key not in own and not _BOOKKEEPING.search(key)]
     if missing:
         also = f" In their place it holds {_list(extra)}." if extra else ""
         raise MissingKeys(
-            f"{family.network} of these shapes has {_list(missing)}, which the file lacks.{also}",
+            f"{network} of these shapes has {_list(missing)}, which the file lacks.{also}",
             keys=missing[:50],
             unexpected=extra[:50],
         )
     if extra:
-        raise UnexpectedKeys(
-            f"{family.network} of these shapes has no {_list(extra)}.", keys=extra[:50]
-        )
+        raise UnexpectedKeys(f"{network} of these shapes has no {_list(extra)}.", keys=extra[:50])
     wrong = [k for k in own if k in found and own[k] != found[k] and not _BOOKKEEPING.search(k)]
     if wrong:
         key = wrong[0]
         raise ShapeMismatch(
-            f"`{key}` has shape {show(found[key])} where {family.network} has {show(own[key])}"
+            f"`{key}` has shape {show(found[key])} where {network} has {show(own[key])}"
             + (f"; {len(wrong) - 1} more differ." if len(wrong) > 1 else "."),
             keys=wrong[:50],
             expected=list(own[key]),
