@@ -159,8 +159,13 @@ class BlobStore:
                 self._fetch(sha256, path)
                 return path
         if verify:
-            with open(path, "rb") as file:
-                self._check(sha256, iter(lambda: file.read(CHUNK_BYTES), b""))
+            try:
+                with open(path, "rb") as file:
+                    self._check(sha256, iter(lambda: file.read(CHUNK_BYTES), b""))
+            except BlobCorrupt:
+                if self._cache is not None:
+                    path.unlink(missing_ok=True)  # a copy, which the next call fetches again
+                raise
         return path
 
     def verify(self, sha256: str) -> None:
@@ -213,12 +218,17 @@ class BlobStore:
         return swept
 
     def _fetch(self, sha256: str, path: Path) -> None:
-        """Bring a remote blob into the cache, whole and checked."""
+        """Bring a remote blob into the cache, whole and checked.
+
+        Of several that fetch it at once the first one's file stays: a conversion may have been
+        granted that very file.
+        """
         chunks = self.read_chunks(sha256)
         with io_errors("write to the cache"), temporary_file(self._temporary) as (file, name):
             self._check(sha256, _tee(chunks, file))
             file.flush()
-            os.replace(name, path)
+            with suppress(FileExistsError):
+                os.link(name, path)
 
     def _publish(self, file: BinaryIO, temporary: Path, ref: BlobRef) -> None:
         """Make a finished temporary file visible under its hash.

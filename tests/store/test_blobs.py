@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -242,6 +242,26 @@ def test_a_cached_remote_blob_is_checked_too(tmp_path: Path) -> None:
     store.open_path(ref.sha256).write_bytes(b"weightz")
     with pytest.raises(BlobCorrupt):
         store.open_path(ref.sha256)
+    assert store.open_path(ref.sha256).read_bytes() == b"weights", "the copy is fetched again"
+
+
+def test_who_fetches_a_remote_blob_second_leaves_the_first_ones_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion may have been granted that file, by its inode, and not yet have opened it."""
+    store = BlobStore("memory:///", local_dir=tmp_path)
+    ref = put(store, b"weights")
+    read, granted = store.read_chunks, []
+
+    def overtaken(sha256: str) -> Iterator[bytes]:
+        """While one fetches, another one does, wholly."""
+        monkeypatch.setattr(store, "read_chunks", read)
+        granted.append(store.open_path(sha256).stat().st_ino)
+        return read(sha256)
+
+    monkeypatch.setattr(store, "read_chunks", overtaken)
+    assert store.open_path(ref.sha256).stat().st_ino == granted[0]
+    assert store.temporary_files() == 0
 
 
 def test_a_store_that_is_not_local_needs_a_folder() -> None:
