@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from service.serving.backends.torch_cpu import cpu_name
-from tests.conformance.measure import measure, summary, table
+from tests.conformance.measure import Row, measure, summary, table
 from tests.networks import cases
 
 HEADING = """# Conformance
@@ -38,15 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not wanted:
         print(f"no conformance cases in {cases.FOLDER}; set FOLDSERVE_CONFORMANCE", file=sys.stderr)
         return 2
-    rows = []
-    for name in wanted:
-        print(f"{name} ({len(rows) + 1} of {len(wanted)})", file=sys.stderr)
-        rows.append(measure(name))
+    rows: list[Row] = []
     print(HEADING)
-    print("\n".join(table(rows)))
+    for line in table(_measured(wanted, rows)):
+        print(line, flush=True)
     print("\n" + "\n".join(summary(rows)))
     print(f"\n{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     return 1 if any(list(row.failures()) for row in rows) else 0
+
+
+def _measured(names: Sequence[str], rows: list[Row]) -> Iterator[Row]:
+    """Measure one case after the other; what is measured is also added to `rows`."""
+    for name in names:
+        rows.append(measure(name))
+        yield rows[-1]
 
 
 if __name__ == "__main__":

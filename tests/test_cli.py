@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from service import __version__
+from service.commands import show
 from service.networks import deploy_skeleton
 from tests.api import tiny
 from tests.running import ROOT, RunningServer, running
@@ -122,6 +123,17 @@ def test_inspect_gives_its_evidence(checkpoint: Path, config: Path) -> None:
     assert "Fused, each region into one operator (5)" in done.stdout
     assert "branch addition: Ding et al. 2021" in done.stdout
     assert "Readiness for int8" in done.stdout
+
+
+@pytest.mark.parametrize("shape", [None, [3, 8, 8]])
+def test_blocks_of_an_unknown_network_are_said_to_need_its_graph(
+    shape: list[int] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = dict.fromkeys(("fused", "kept", "refused", "blocks"), 1)
+    errors = {"error_float64": 1e-15, "error_end_to_end": 1e-7}
+    architecture = {"family": "blocks", "name": "unknown", "input_shape": shape}
+    show.certificate(architecture, counts | errors, "det.pt")
+    assert ("cannot be served" in capsys.readouterr().out.replace("\n", " ")) == (shape is None)
 
 
 def test_pack_then_convert_a_network_nobody_knows(tmp_path: Path) -> None:

@@ -16,6 +16,13 @@ from rich.table import Table
 from service.errors import FoldserveError
 from service.settings import Settings, explain
 
+PARTIAL = (
+    "The file holds known blocks of a network, but not how they are wired: the deploy checkpoint "
+    "is for the project's own code, and cannot be served. For that, pack the whole network where "
+    "its code is: `foldserve pack --help`."
+)
+"""Said of what `service.partial` converts."""
+
 out = Console()
 err = Console(stderr=True)
 
@@ -81,6 +88,8 @@ def certificate(architecture: dict[str, Any], fusion: dict[str, Any], title: str
         f"{_small(fusion['error_end_to_end'])} as served, relative to the output's variation",
         highlight=False,
     )
+    if extents is None:
+        out.print(PARTIAL, highlight=False)
 
 
 def benchmark(result: dict[str, Any]) -> None:

@@ -284,7 +284,8 @@ def _end_failures(ends: EndToEnd, limits: CertificateLimits, precision: str) -> 
     if not ends.served <= limits.end_to_end:
         failures.append(
             f"End to end in {precision} the outputs differ by {ends.served:.2e} of their variation "
-            f"between inputs; at most {limits.end_to_end:.0e} is allowed."
+            f"between inputs, which is {ends.variation:.1e} of their size; at most "
+            f"{limits.end_to_end:.0e} is allowed."
         )
     if ends.top1 is not None and ends.top1 < 1.0 and precision in {"float32", "float64"}:
         failures.append(f"The top-1 class changed on {1 - ends.top1:.0%} of the probes.")
