@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -12,6 +13,7 @@ import pytest
 from service.store import BlobStore, Catalog, sqlite_url, verify
 from tests.machines import small
 from tests.machines.machine import Booted, Machine
+from tests.running import eventually
 
 Ask = Callable[[httpx.Client], httpx.Response]
 BEYOND = 100_000
@@ -134,4 +136,25 @@ def test_a_conversion_is_rejected_clearly_or_done(
             told[code] += 1
             at += 7
         print("conversion", errno.errorcode[error], dict(told))
+        wanted = "storage_full" if error == errno.ENOSPC else "store_error"
+        assert told[wanted] > told.total() / 2
+        whole(box, service, http)
+
+
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.85])
+def test_a_conversion_on_a_disk_that_stays_full_is_settled_when_space_returns(
+    box: Machine, service: Booted, share: float
+) -> None:
+    with service.client() as http:
+        total = changes_of(box, http, lambda http: upload(http, wait=True))
+        box.faults.fail(int(total * share), lasting=True)
+        url = upload(http).headers["location"]
+        eventually(lambda: box.faults.struck > 0, "the disk is full")
+        time.sleep(0.3)  # whatever is tried meanwhile fails
+        box.faults.off()
+        eventually(lambda: http.get(url).json()["state"] in ("ready", "rejected"), "it is settled")
+        found = http.get(url).json()
+        # It could not even be said that it failed, so it was taken up again.
+        if found["state"] == "rejected":
+            assert found["error"]["code"] == "storage_full", found
         whole(box, service, http)
