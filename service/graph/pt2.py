@@ -22,7 +22,6 @@ from service.graph.build import (
     PASSING,
     Builder,
     Kind,
-    batch_norm_arguments,
     check_eval,
     full_arguments,
     is_constant,
@@ -42,6 +41,15 @@ from service.graph.pt2_archive import (
     tensor_kind,
     union,
 )
+from service.graph.pt2_fields import (
+    batch_symbol,
+    module_path,
+    operator_name,
+    output_names,
+    scalar_of,
+    text_of,
+)
+from service.graph.pt2_spellings import SPELLINGS, named
 from service.graph.writes import Writes, functional
 
 SCHEMA_MAJOR = 8
@@ -49,7 +57,6 @@ SCHEMA_MAJOR = 8
 
 _PROBES = (3, 5)
 """Batch sizes at which every shape is computed; primes, rarely a channel count."""
-_ARITHMETIC = {f"_operator.{name}": f"math.{name}" for name in ("add", "sub", "mul", "floordiv")}
 _CHECKS = frozenset(
     f"torch.ops.aten.{name}"
     for name in (
@@ -59,14 +66,11 @@ _CHECKS = frozenset(
 )
 """Calls that compute nothing; shapes are checked here anyway."""
 _CASTS = frozenset({"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device"})
+_SPLITS = frozenset({"aten.split.Tensor", "aten.split_with_sizes", "aten.chunk"})
 
-_TARGET = re.compile(r"torch\.ops\.aten\.(\w{1,80})\.(\w{1,80})", re.ASCII)
 _WEIGHT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,255}")
-_SYMBOL_NAME = re.compile(r"s[0-9]{1,6}")
 _SYMBOL = r"Symbol\('(s[0-9]{1,6})'(?:, positive=True)?(?:, integer=True)?\)"
 _EXPRESSION = re.compile(rf"(?:Mul\(Integer\(([0-9]{{1,9}})\), )?{_SYMBOL}(\))?")
-_SOURCE = re.compile(r"[A-Za-z0-9_.]{0,255}")
-_SPECIAL_FLOATS = frozenset({"Infinity", "-Infinity", "NaN"})
 
 
 def load_pt2(path: Path, places: Places, limits: Pt2Limits | None = None) -> Program:
@@ -100,7 +104,7 @@ class _Translation:
         self.graph = fields(module.get("graph"), "The graph")
         self.signature = fields(module.get("signature"), "The signature")
         self.kinds = fields(self.graph.get("tensor_values"), "The table of tensors")
-        self.symbol = _batch_symbol(document.get("range_constraints"))
+        self.symbol = batch_symbol(document.get("range_constraints"))
         self.tensors = archive.tensors()
         self.limits = limits
         self.build = Builder()
@@ -131,7 +135,7 @@ class _Translation:
             tag, argument = union(argument, "An input")
             if tag != "as_tensor":
                 raise InvalidProgram("Every input of the module must be a tensor.")
-            file_name = _text(fields(argument, "An input").get("name"), "An input's name")
+            file_name = text_of(fields(argument, "An input").get("name"), "An input's name")
             self._user_input(file_name)
             return
         name_field = {
@@ -141,12 +145,12 @@ class _Translation:
         }.get(kind)
         if name_field is None:
             raise InvalidProgram(f"The program takes an input of kind {kind[:40]!r}.")
-        name = _text(spec.get(name_field), "A weight's name")
+        name = text_of(spec.get(name_field), "A weight's name")
         if not _WEIGHT_NAME.fullmatch(name):
             raise InvalidProgram(f"{name[:80]!r} is not a name that a weight may have.")
         if name not in self.tensors:
             raise InvalidProgram(f"The archive holds no tensor {name[:80]!r}.")
-        file_name = _text(fields(argument, "An input").get("name"), "An input's name")
+        file_name = text_of(fields(argument, "An input").get("name"), "An input's name")
         tensor = self.tensors[name]
         self.build.weight(name, tensor)
         meta = tensor.detach().to("meta")
@@ -226,7 +230,7 @@ class _Translation:
         return int(found[1] or 1), 0
 
     def _read(self, file_name: Any) -> Ref:
-        name = self.names.get(_text(file_name, "A value's name"))
+        name = self.names.get(text_of(file_name, "A value's name"))
         if name is None:
             raise InvalidProgram(f"The value {file_name[:80]!r} is read but not computed.")
         self.writes.check_read(name)
@@ -235,13 +239,13 @@ class _Translation:
     # Calls ---------------------------------------------------------------------------------------
 
     def _node(self, node: dict[str, Any]) -> None:
-        target = _text(node.get("target"), "A node's target")
+        target = text_of(node.get("target"), "A node's target")
         if target in _CHECKS:
             return
-        source, outputs = _source(node.get("metadata")), list(_output_names(node))
-        op = _operator(target)
+        source, outputs = module_path(node.get("metadata")), list(output_names(node))
+        op = operator_name(target)
         pure = functional(op)
-        if pure is None and op not in OPERATORS and op not in _REWRITTEN and op not in _CASTS:
+        if pure is None and op not in OPERATORS and op not in SPELLINGS and op not in _CASTS:
             raise UnsupportedOperator(
                 f"{source or 'The program'} uses {target[:120]!r}, which programs may not.",
                 operator=target[:120],
@@ -253,12 +257,12 @@ class _Translation:
             self._call(op, given, outputs, source)
 
     def _call(self, op: str, given: dict[str, Argument], outputs: list[str], source: str) -> None:
-        if op in _REWRITTEN:
-            op, given = _REWRITTEN[op](self, given)
+        if op in SPELLINGS:
+            op, given = SPELLINGS[op](self.probes, given)
         elif op in ATEN and op not in _CASTS:
             given = full_arguments(op, given)
         elif op not in ATEN and op not in _CASTS:
-            given = {key: _named(given, "a", "b")[key] for key in ("a", "b")}
+            given = {key: named(given, "a", "b")[key] for key in ("a", "b")}
         check_eval(op, given)
         if op in PASSING:
             self._same(given, outputs)
@@ -397,7 +401,7 @@ class _Translation:
         seen = set()
         for item in items(node.get("inputs"), f"The call of {target[:80]!r}"):
             entry = fields(item, "An argument")
-            name = _text(entry.get("name"), "An argument's name")
+            name = text_of(entry.get("name"), "An argument's name")
             if name in seen:
                 raise InvalidProgram(f"{target[:80]!r} is given {name[:80]!r} twice.")
             seen.add(name)
@@ -419,9 +423,9 @@ class _Translation:
             case "as_optional_tensors" | "as_sym_ints":
                 return tuple(self._union_item(item, what) for item in items(content, what))
             case "as_int" | "as_float" | "as_bool" | "as_string":
-                return _scalar(tag, content, what)
+                return scalar_of(tag, content, what)
             case "as_ints" | "as_floats" | "as_bools":
-                return tuple(_scalar(tag[:-1], item, what) for item in items(content, what))
+                return tuple(scalar_of(tag[:-1], item, what) for item in items(content, what))
             case "as_scalar_type":
                 if type(content) is int and content in DTYPE_OF:
                     return DType(_dtype_name(DTYPE_OF[content]))
@@ -436,96 +440,8 @@ class _Translation:
         if tag == "as_name":
             return self._read(content)
         if tag == "as_int":
-            return _scalar(tag, content, what)
+            return scalar_of(tag, content, what)
         raise InvalidProgram(f"{what} is of the kind {tag[:40]!r}, which is not read.")
-
-
-# Spellings that mean a listed operator -----------------------------------------------------------
-
-_SPLITS = frozenset({"aten.split.Tensor", "aten.split_with_sizes", "aten.chunk"})
-_Rewritten = tuple[str, dict[str, Argument]]
-
-
-def _native_batch_norm(_: _Translation, given: dict[str, Argument]) -> _Rewritten:
-    names = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
-    return "aten.batch_norm", batch_norm_arguments(_named(given, *names))
-
-
-def _batch_norm(_: _Translation, given: dict[str, Argument]) -> _Rewritten:
-    args = full_arguments("aten.batch_norm", given)
-    check_eval("aten.batch_norm", args)
-    return "aten.batch_norm", batch_norm_arguments(args)
-
-
-def _view(_: _Translation, given: dict[str, Argument]) -> _Rewritten:
-    args = _named(given, "self", "size")
-    return "aten.reshape", {"self": args["self"], "shape": args["size"]}
-
-
-def _convolution(translation: _Translation, given: dict[str, Argument]) -> _Rewritten:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    args = _named(given, *names, "transposed", "output_padding")
-    weight = args["weight"]
-    value = translation.probes[0].get(weight.name) if isinstance(weight, Ref) else None
-    if args["transposed"] is not False or not isinstance(value, Tensor):
-        raise UnsupportedOperator(
-            "aten.convolution is read for plain convolutions only.", operator="aten.convolution"
-        )
-    op = f"aten.conv{value.dim() - 2}d"
-    if op not in ATEN:
-        raise UnsupportedOperator(f"aten.convolution has {value.dim()} axes.", operator=op)
-    return op, {name: args[name] for name in names}
-
-
-def _as_strided(translation: _Translation, given: dict[str, Argument]) -> _Rewritten:
-    """Core ATen ends a pooling to 1x1 with it; there it changes neither values nor shape."""
-    tensor = given.get("self")
-
-    def resolved(key: str, probe: Mapping[str, Any]) -> list[Any]:
-        asked = given.get(key)
-        listed = asked if isinstance(asked, tuple) else ()
-        return [probe.get(item.name) if isinstance(item, Ref) else item for item in listed]
-
-    for probe in translation.probes:
-        value = probe.get(tensor.name) if isinstance(tensor, Ref) else None
-        steps = resolved("stride", probe)
-        if (
-            not isinstance(value, Tensor)
-            or resolved("size", probe) != list(value.shape)
-            or given.get("storage_offset") not in (None, 0)
-            or len(steps) != value.dim()
-            or any(
-                step != own and size > 1
-                for step, own, size in zip(steps, value.stride(), value.shape, strict=True)
-            )
-        ):
-            raise UnsupportedOperator(
-                "aten.as_strided is read only where it changes nothing.",
-                operator="aten.as_strided",
-            )
-    return "aten.alias", {"self": given["self"]}
-
-
-def _max_pool(_: _Translation, given: dict[str, Argument]) -> _Rewritten:
-    return "aten.max_pool2d", full_arguments("aten.max_pool2d", given)
-
-
-_REWRITTEN = {
-    "aten._native_batch_norm_legit_no_training": _native_batch_norm,
-    "aten.batch_norm": _batch_norm,
-    "aten.view": _view,
-    "aten._unsafe_view": _view,
-    "aten.convolution": _convolution,
-    "aten.as_strided": _as_strided,
-    "aten.max_pool2d_with_indices": _max_pool,
-}
-
-
-def _named(given: Mapping[str, Argument], *names: str) -> dict[str, Argument]:
-    if set(given) != set(names):
-        odd = sorted(set(given) ^ set(names))[0]
-        raise InvalidProgram(f"A call lacks or does not have the argument {odd[:80]!r}.")
-    return dict(given)
 
 
 def _part_sizes(op: str, args: Mapping[str, Argument], whole: int, parts: int) -> list[int]:
@@ -545,84 +461,6 @@ def _part_sizes(op: str, args: Mapping[str, Argument], whole: int, parts: int) -
     if not fits:
         raise InvalidProgram(f"{op} does not name every part, or its parts are not the whole.")
     return sizes
-
-
-# Reading single fields ---------------------------------------------------------------------------
-
-
-def _batch_symbol(constraints: Any) -> str:
-    """The one symbol of the archive; its range must be plain numbers that leave room to batch."""
-    ranges = fields(constraints, "The table of ranges")
-    if len(ranges) != 1:
-        raise InvalidProgram(
-            f"The program has {len(ranges)} dynamic sizes; exactly one, the batch, is read.",
-            remedy="Export with dynamic_shapes=[{0: torch.export.Dim('batch')}] for every input.",
-        )
-    ((symbol, limits),) = ranges.items()
-    bounds = [fields(limits, "A range").get(name) for name in ("min_val", "max_val")]
-    if not _SYMBOL_NAME.fullmatch(symbol) or any(
-        bound is not None and type(bound) is not int for bound in bounds
-    ):
-        raise InvalidProgram(f"The range of {symbol[:80]!r} is not two plain numbers.")
-    low, high = bounds
-    if (low is not None and low > 2) or (high is not None and high < 2):
-        raise InvalidProgram(f"The batch may only be {low} to {high}; it must take 2.")
-    return symbol
-
-
-def _operator(target: str) -> str:
-    """The stored name of a target; the empty text, which is in no table, for any other spelling."""
-    found = _TARGET.fullmatch(target)
-    if found is None:
-        return _ARITHMETIC.get(target, "")
-    return f"aten.{found[1]}" + ("" if found[2] == "default" else f".{found[2]}")
-
-
-def _output_names(node: Mapping[str, Any]) -> Iterator[str]:
-    for item in items(node.get("outputs"), "A node"):
-        tag, content = union(item, "A node's output")
-        if tag == "as_tensor":
-            yield _text(fields(content, "An output").get("name"), "An output's name")
-        elif tag == "as_tensors":
-            for part in items(content, "A node's outputs"):
-                yield _text(fields(part, "An output").get("name"), "An output's name")
-        elif tag == "as_sym_int":
-            kind, name = union(content, "A node's output")
-            if kind == "as_name":
-                yield _text(name, "An output's name")
-        else:
-            raise InvalidProgram(f"A node gives a value of the kind {tag[:40]!r}.")
-
-
-def _source(metadata: Any) -> str:
-    """The innermost module path, from text such as `L__self__,,Net;L__self__stem,stem,Conv`."""
-    stack = metadata.get("nn_module_stack") if isinstance(metadata, dict) else None
-    for entry in reversed(stack.split(";") if isinstance(stack, str) else []):
-        path = entry.split(",")[1].partition("@")[0] if entry.count(",") == 2 else ""
-        if _SOURCE.fullmatch(path) and "hook" not in path:
-            return path
-    return ""
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidProgram(f"{what} is not text.")
-    return value
-
-
-def _scalar(tag: str, content: Any, what: str) -> bool | int | float | str:
-    if tag == "as_float" and isinstance(content, str) and content in _SPECIAL_FLOATS:
-        return float(content)
-    expected: dict[str, tuple[type, ...]] = {
-        "as_int": (int,),
-        "as_float": (float, int),
-        "as_bool": (bool,),
-        "as_string": (str,),
-    }
-    if type(content) not in expected[tag] or (type(content) is int and abs(content) >= 1 << 63):
-        raise InvalidProgram(f"{what} is not the {tag[3:]} that it claims to be.")
-    result: bool | int | float | str = content
-    return result
 
 
 def _refs(args: Mapping[str, Argument]) -> Iterator[Ref]:
