@@ -81,7 +81,7 @@ def test_what_is_left_behind_is_seen(loaded: RunningServer) -> None:
     assert left_behind(leaking, 0.1 * MIB) == ["0.200 MiB a cycle", "threads (3, 4)"]
 
 
-@pytest.mark.soak(share=0.04)
+@pytest.mark.soak(share=0.05)
 def test_five_hundred_cycles_leave_nothing(loaded: RunningServer, tell: Tell) -> None:
     trace = cycle(loaded, 500)
     tell(

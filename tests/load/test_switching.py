@@ -185,7 +185,7 @@ def _first_over_median(server: RunningServer) -> float:
     return seconds[0] / statistics.median(seconds[1:])
 
 
-@pytest.mark.soak
+@pytest.mark.soak(share=0.05)
 def test_the_first_request_after_ready_takes_hardly_longer(tmp_path: Path, tell: Tell) -> None:
     """The better of a few starts, because other work on the machine only ever adds time."""
     data = tmp_path / "data"
