@@ -95,7 +95,12 @@ def start(url: str, request: bytes, **plan: Any) -> subprocess.Popen[bytes]:
 
 def finish(process: subprocess.Popen[bytes]) -> Outcome:
     """The outcome of what `start` began."""
-    output, _ = process.communicate(timeout=600)
+    try:
+        output, _ = process.communicate(timeout=600)
+    except BaseException:  # the test's time is over: ask the service no more
+        process.kill()
+        process.communicate()
+        raise
     assert process.returncode == 0
     return Outcome(**json.loads(output))
 
