@@ -13,11 +13,12 @@ from service.serving.backends import (
     powers_of_two,
     random_rows,
 )
-from service.serving.batcher import Batcher, BatcherStats, BatchLimits
+from service.serving.batcher import Batcher
 from service.serving.device import DeviceThread, available_cpus
 from service.serving.models import ModelSet, ModelSetLimits
 from service.serving.request import Result, Rows, Timing
 from service.serving.runner import Form, LoadedModel, LoadOptions, ModelKey
+from service.serving.stats import BatcherStats, BatchLimits
 from service.serving.tally import Tallied, Tally
 
 __all__ = [

@@ -13,14 +13,10 @@ import logging
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from service.errors import (
@@ -32,10 +28,12 @@ from service.errors import (
     QueueFull,
 )
 from service.serving.backends.base import Prepared
-from service.serving.backends.rows import RowSpec, random_rows
+from service.serving.backends.rows import random_rows
+from service.serving.columns import checked
 from service.serving.device import DeviceThread, hand_over
-from service.serving.request import Column, Request, Result, Rows, Slice, monotonic
-from service.serving.tally import Tallied, Tally
+from service.serving.request import Request, Result, Rows, Slice, monotonic
+from service.serving.stats import WAIT_SECONDS, BatcherStats, BatchLimits
+from service.serving.tally import Tally
 
 Answer = tuple[Request, Result | Exception]
 
@@ -44,69 +42,6 @@ log = logging.getLogger(__name__)
 _SLOWING = 1.1
 """How much slower a batch may be taken to have become at once: what computes is told from what was
 only held up by other processes, which lasts for a few batches and not for dozens."""
-
-WAIT_SECONDS = (
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-)
-"""Bounds of the histogram of queue waits, in seconds."""
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """How much may wait for a model, and for how long.
-
-    `queue_rows` (rows, default 1024): rows that may wait; a request beyond them gets QueueFull.
-    `request_seconds` (seconds, default 30): a request that still waits after this long is dropped
-    with DeadlineExceeded, unless it brought a deadline of its own.
-    `inline_seconds` (seconds, default 0 = never): a batch that is known to compute in less than
-    this, on one CPU thread, runs on the event loop when the device is idle. Waking the device's
-    thread and being woken by it would take longer.
-    """
-
-    queue_rows: int = 1024
-    request_seconds: float = 30.0
-    inline_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class BatcherStats:
-    """Counters since the batcher began, and how things stand now.
-
-    `requests` came to the queue, and every one of them ends as one of the following or still waits:
-    `answered`, `failed`, `rejected` (queue full), `expired` (deadline) and `departed` (the client
-    left) count requests; `retried` counts slices that ran alone because their batch failed;
-    `batch_rows` counts batches by their rows; `busy_seconds` is device time; `queue_seconds` tells
-    how long requests waited for the start of their first batch, in seconds.
-    """
-
-    requests: int = 0
-    answered: int = 0
-    failed: int = 0
-    rejected: int = 0
-    expired: int = 0
-    departed: int = 0
-    rows: int = 0
-    batches: int = 0
-    retried: int = 0
-    busy_seconds: float = 0.0
-    waiting_rows: int = 0
-    running_rows: int = 0
-    rows_per_second: float = 0.0
-    batch_rows: Mapping[int, int] = field(default_factory=dict)
-    queue_seconds: Tallied = field(default_factory=Tally(WAIT_SECONDS).read)
 
 
 class Batcher:
@@ -231,11 +166,8 @@ class Batcher:
             await self._device.call(_nothing)  # comes back behind the turn that is under way
 
     def _checked(self, rows: Rows) -> tuple[Tensor, ...]:
-        given = in_order((rows,) if isinstance(rows, np.ndarray | Tensor) else rows, self._inputs)
-        columns = tuple(map(_column, given, self._inputs))
+        columns = checked(rows, self._inputs)
         count = len(columns[0])
-        if any(len(column) != count for column in columns):
-            raise BadInput(f"The inputs differ in rows: {[len(column) for column in columns]}.")
         if count > self.limits.queue_rows:
             raise BadInput(
                 f"The request has {count} rows; at most {self.limits.queue_rows} can wait.",
@@ -481,51 +413,6 @@ class Batcher:
         with self._lock:
             self._counts["answered"] += answered
             self._counts["failed"] += failed
-
-
-def in_order(
-    rows: tuple[Column, ...] | Mapping[str, Column], inputs: Sequence[RowSpec]
-) -> tuple[Column, ...]:
-    """One array for each input. Raises BadInput when one is missing or is not known."""
-    names = [spec.name for spec in inputs]
-    if isinstance(rows, Mapping):
-        if set(rows) != set(names):
-            raise BadInput(
-                f"The request names the inputs {sorted(map(str, rows))[:16]}; "
-                f"the model takes {names[:16]}.",
-                remedy="Send every input once, by its name.",
-            )
-        return tuple(rows[name] for name in names)
-    if len(rows) != len(names):
-        raise BadInput(
-            f"The request has {len(rows)} inputs; the model takes {len(names)}: {names[:16]}.",
-            remedy="Send every input, by its name or in this order.",
-        )
-    return rows
-
-
-def _column(rows: Column, spec: RowSpec) -> Tensor:
-    """`rows` as a tensor, if it has the shape [N, *spec.shape] and the type that `spec` says."""
-    tensor = rows if isinstance(rows, Tensor) else _as_tensor(rows)
-    if tuple(tensor.shape[1:]) != spec.shape or tensor.dim() == 0 or not len(tensor):
-        raise BadInput(
-            f"The input {spec.name} has shape {list(tensor.shape)}; the model takes "
-            f"[{', '.join(['N', *map(str, spec.shape)])}] with N >= 1.",
-            expected=["N", *spec.shape],
-            got=list(tensor.shape),
-        )
-    if tensor.dtype != spec.dtype:
-        raise BadInput(f"The input {spec.name} is {tensor.dtype}; the model takes {spec.dtype}.")
-    return tensor
-
-
-def _as_tensor(rows: NDArray[Any]) -> Tensor:
-    # A request body is a read-only buffer, which torch accepts only with a warning: copy that one.
-    array = np.ascontiguousarray(rows)
-    try:
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
-    except TypeError as error:
-        raise BadInput(f"The input's element type cannot be used: {error}.") from error
 
 
 def _too_late(request: Request) -> DeadlineExceeded:

@@ -12,7 +12,6 @@ from typing import TypeVar
 from service.errors import FormNotAvailable, NotLoaded
 from service.graph import Program
 from service.serving.backends import Choices, Prepared
-from service.serving.batcher import BatchLimits
 from service.serving.device import DeviceThread
 from service.serving.request import Result, Rows
 from service.serving.runner import (
@@ -24,6 +23,7 @@ from service.serving.runner import (
     run_steps_for,
     start_runner,
 )
+from service.serving.stats import BatchLimits
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from service.serving.backends import (
     backend_named,
     powers_of_two,
 )
-from service.serving.batcher import Batcher, BatcherStats, BatchLimits
+from service.serving.batcher import Batcher
 from service.serving.device import DeviceThread
+from service.serving.stats import BatcherStats, BatchLimits
 
 T = TypeVar("T")
 _END = object()
