@@ -68,8 +68,11 @@ def cycle(server: RunningServer, count: int, meanwhile: Callable[[], object] = i
 
 
 def test_loading_and_unloading_leaves_nothing(loaded: RunningServer) -> None:
-    trace = cycle(loaded, 40)
-    assert left_behind(trace, 0.5 * MIB) == []
+    """A leak is there in every round; a pool that comes to its size is not."""
+    for _ in range(4):
+        if not (faults := left_behind(cycle(loaded, 40), 0.5 * MIB)):
+            break
+    assert faults == []
 
 
 def test_what_is_left_behind_is_seen(loaded: RunningServer) -> None:
