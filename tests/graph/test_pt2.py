@@ -33,7 +33,7 @@ from service.graph import (
 )
 from service.networks import ModelConfig
 
-from . import archives
+from . import archives, steps
 from .archives import Form, exported, read, saved
 
 pytestmark = pytest.mark.filterwarnings(
@@ -243,38 +243,9 @@ def test_an_archives_weights_are_checked_as_a_checkpoints_are(tmp_path: Path) ->
 # In-place calls ----------------------------------------------------------------------------------
 
 
-class Step(nn.Module):
-    """A network whose middle is given as a function."""
-
-    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-        self.step = step
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.step(self.conv(x))
-
-
-def _read_again(y: Tensor) -> Tensor:
-    z = y * 2
-    y.add_(1)
-    return y + z  # y as changed, z from before
-
-
-def _through_detach(y: Tensor) -> Tensor:
-    z = y.detach()
-    z.mul_(3)
-    return y + z
-
-
 def _dead_view(y: Tensor) -> Tensor:
     z = y.view(y.shape[0], -1)
     return z.relu_().sum(1)
-
-
-def _view_of_the_result(y: Tensor) -> Tensor:
-    z = y.relu_().flatten(1)
-    return z.sub_(1)
 
 
 def _copied(y: Tensor) -> Tensor:
@@ -282,30 +253,14 @@ def _copied(y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "step", [_read_again, _through_detach, _dead_view, _view_of_the_result, _copied]
+    "step", [steps.read_again, steps.through_detach, _dead_view, steps.view_of_the_result, _copied]
 )
 def test_safe_in_place_calls_keep_their_meaning(
     tmp_path: Path, step: Callable[[Tensor], Tensor]
 ) -> None:
-    module = Step(step).eval()
+    module = steps.Step(step).eval()
     (got,) = run(read(saved(exported(module, IMAGE), tmp_path / "net.pt2")), IMAGE)
     assert torch.equal(got, compute(module, (IMAGE,))[0])
-
-
-def _write_through_view(y: Tensor) -> Tensor:
-    y[:, :2].mul_(0)
-    return y
-
-
-def _view_read_late(y: Tensor) -> Tensor:
-    z = y.transpose(1, 2)
-    y.relu_()
-    return z + 1
-
-
-def _whole_read_late(y: Tensor) -> Tensor:
-    y.unbind(1)[0].relu_()
-    return y + 1
 
 
 def _fill(y: Tensor) -> Tensor:
@@ -315,9 +270,9 @@ def _fill(y: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("step", "operator"),
     [
-        (_write_through_view, "aten.mul_"),
-        (_view_read_late, "aten.relu_"),
-        (_whole_read_late, "aten.relu_"),
+        (steps.write_through_view, "aten.mul_"),
+        (steps.view_read_late, "aten.relu_"),
+        (steps.whole_read_late, "aten.relu_"),
         (_fill, "aten.fill_"),
         (lambda y: y.clamp(0).sort(1)[0], "torch.ops.aten.sort.default"),
     ],
@@ -325,7 +280,7 @@ def _fill(y: Tensor) -> Tensor:
 def test_what_cannot_be_folded_is_refused_by_name(
     tmp_path: Path, step: Callable[[Tensor], Tensor], operator: str
 ) -> None:
-    path = saved(exported(Step(step), IMAGE), tmp_path / "net.pt2")
+    path = saved(exported(steps.Step(step), IMAGE), tmp_path / "net.pt2")
     with pytest.raises(UnsupportedOperator, match=operator) as raised:
         read(path)
     assert operator in raised.value.extra["operator"]

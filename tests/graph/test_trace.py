@@ -11,20 +11,9 @@ from torch.export import ExportedProgram
 
 from service.errors import UnsupportedOperator
 from service.graph import from_exported, run, trace
+from tests.graph import steps
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Step(nn.Module):
-    """A network whose middle is given as a function."""
-
-    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-        self.step = step
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.step(self.conv(x))
 
 
 @pytest.fixture
@@ -41,26 +30,10 @@ def functionalised(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return seen
 
 
-def _read_again(y: Tensor) -> Tensor:
-    z = y * 2
-    y.add_(1)
-    return y + z
-
-
-def _through_detach(y: Tensor) -> Tensor:
-    z = y.detach()
-    z.mul_(3)
-    return y + z
-
-
 def _through_dropout(y: Tensor) -> Tensor:
     z = torch.dropout(y, 0.5, train=False)
     z.relu_()
     return y - 1
-
-
-def _view_of_the_result(y: Tensor) -> Tensor:
-    return y.relu_().flatten(1).sub_(1)
 
 
 def _cast_to_itself(y: Tensor) -> Tensor:
@@ -76,22 +49,6 @@ def _cast(y: Tensor) -> Tensor:
 def _half_a_split(y: Tensor) -> Tensor:
     a, b = y.split([1, 3], 1)
     return torch.cat([b, a.sigmoid()], 1)
-
-
-def _write_through_view(y: Tensor) -> Tensor:
-    y[:, :2].mul_(0)
-    return y
-
-
-def _view_read_late(y: Tensor) -> Tensor:
-    z = y.transpose(1, 2)
-    y.relu_()
-    return z + 1
-
-
-def _part_read_late(y: Tensor) -> Tensor:
-    y.unbind(1)[0].relu_()
-    return y + 1
 
 
 def _border(y: Tensor) -> Tensor:
@@ -112,15 +69,15 @@ def _copy_asked_for(y: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("step", "twice"),
     [
-        (_read_again, False),
-        (_through_detach, False),
+        (steps.read_again, False),
+        (steps.through_detach, False),
         (_through_dropout, False),
-        (_view_of_the_result, False),
+        (steps.view_of_the_result, False),
         (_cast_to_itself, False),
         (_cast, False),
         (_half_a_split, False),
-        (_write_through_view, True),
-        (_view_read_late, True),
+        (steps.write_through_view, True),
+        (steps.view_read_late, True),
         (_border, True),
         (_wider, True),
         (_copy_asked_for, True),
@@ -129,7 +86,7 @@ def _copy_asked_for(y: Tensor) -> Tensor:
 def test_in_place_calls_keep_their_meaning(
     functionalised: list[None], step: Callable[[Tensor], Tensor], twice: bool
 ) -> None:
-    module = Step(step).eval()
+    module = steps.Step(step).eval()
     program = trace(module, (IMAGE,))
     assert bool(functionalised) == twice
     for batch in (1, 2, 5):
@@ -141,19 +98,19 @@ def test_in_place_calls_keep_their_meaning(
 
 @pytest.mark.parametrize(
     ("step", "operator"),
-    [(lambda y: y.sort(1)[0], "aten.sort"), (_part_read_late, "aten.select_scatter")],
+    [(lambda y: y.sort(1)[0], "aten.sort"), (steps.whole_read_late, "aten.select_scatter")],
 )
 def test_what_a_second_tracing_does_not_mend_is_refused_by_name(
     step: Callable[[Tensor], Tensor], operator: str
 ) -> None:
     with pytest.raises(UnsupportedOperator, match=operator):
-        trace(Step(step).eval(), (IMAGE,))
+        trace(steps.Step(step).eval(), (IMAGE,))
 
 
 @pytest.mark.parametrize(
     ("part", "why"), [(nn.Dropout(0.5), "dropout"), (nn.BatchNorm2d(4), "batch_norm")]
 )
 def test_an_export_in_training_mode_is_refused(part: nn.Module, why: str) -> None:
-    exported = torch.export.export(Step(part).train(), (IMAGE,))
+    exported = torch.export.export(steps.Step(part).train(), (IMAGE,))
     with pytest.raises(UnsupportedOperator, match=why):
         from_exported(exported)
