@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.promises import Budget, table
+from tests.running import ROOT
 
 pytest_plugins = ["pytester"]
 
@@ -25,7 +26,7 @@ def test_broken(tell):
 
 
 def _run(pytester: pytest.Pytester, share: float) -> pytest.RunResult:
-    pytester.makeini("[pytest]\nmarkers = soak: long\n")
+    pytester.makeini(f"[pytest]\nmarkers = soak: long\npythonpath = {ROOT}\n")
     pytester.makepyfile(SUITE.format(share=share))
     return pytester.runpytest_subprocess("-m", "soak", "-p", "timeout")
 

@@ -157,14 +157,18 @@ def test_a_client_that_never_reads_is_cut_off(admin: httpx.Client, guarded: Guar
     bearer = admin.headers["authorization"]
     version = admin.post("/v1/models/large/versions", content=bytes(size), headers=OCTETS).json()
     path = version["links"]["train"]
+
+    def given_up() -> int:
+        return sum(line.get("path") == path for line in server.log())
+
+    before = given_up()
     with contextlib.ExitStack() as stack:
         deaf = [stack.enter_context(connected(server.url, 4096)) for _ in range(8)]
         for connection in deaf:
             connection.sendall(head("GET", path, Authorization=bearer))
         blob = version["checkpoint"]["sha256"]
-        eventually(lambda: server.opened(blob) > 0, "the answers begin")
-        eventually(lambda: server.opened(blob) == 0, "the answers are given up")
-        assert all(ended(connection) for connection in deaf)
+        eventually(lambda: given_up() == before + 8, "the answers are given up")
+        eventually(lambda: server.opened(blob) == 0, "the file is closed")
         assert all(ended(connection) for connection in deaf)
     # The control: whoever reads, slowly but steadily, gets all of it.
     with connected(server.url, 4096) as slow:

@@ -106,8 +106,10 @@ def test_outcomes_add_up_to_requests(http: httpx.Client, model: str) -> None:
         ]
         assert sum(parts) == value, labels
         assert found["foldserve_queue_seconds_count"][labels] == value
-        assert found["foldserve_batch_rows_count"][labels] <= value
         assert found["foldserve_batch_rows_sum"][labels] == found["foldserve_rows_total"][labels]
+        batches, rows = (found[f"foldserve_batch_rows_{what}"][labels] for what in ("count", "sum"))
+        assert (batches > 0) == (rows > 0)
+        assert batches <= rows
 
 
 def test_conversions_are_counted_by_result(http: httpx.Client, model: str) -> None:

@@ -229,12 +229,21 @@ static void keep(int fd) {
                         entry->d_type == DT_DIR ? 'd' : 'f', entry->d_name);
         if (listing) closedir(listing);
     } else if (copy) {
-        char link[64];
-        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-        int again = open(link, O_RDONLY | O_CLOEXEC);
+        /* Read by this very descriptor where it can be: closing another one of the same file would
+         * take away the process's POSIX locks on it, by which SQLite knows who uses a database. */
+        int readable = (fcntl(fd, F_GETFL) & O_ACCMODE) != O_WRONLY, again = fd;
+        if (!readable) {
+            char link[64];
+            snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+            again = open(link, O_RDONLY | O_CLOEXEC);
+        }
+        off_t at = 0;
         ssize_t n;
-        while (again >= 0 && (n = read(again, data, sizeof data)) > 0) fwrite(data, 1, n, copy);
-        if (again >= 0) close(again);
+        while (again >= 0 && (n = pread(again, data, sizeof data, at)) > 0) {
+            fwrite(data, 1, n, copy);
+            at += n;
+        }
+        if (!readable && again >= 0) close(again);
     }
     if (copy && fclose(copy) == 0) rename(part, name);
     pthread_mutex_unlock(&shadowing);

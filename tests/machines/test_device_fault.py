@@ -16,9 +16,14 @@ def status(http: httpx.Client, path: str) -> int:
 
 def test_a_lost_device_turns_readiness_off_and_comes_back(box: Machine) -> None:
     flag = box.folder / "device-is-lost"
+    flag.unlink(missing_ok=True)  # of an earlier try
     service = box.boot(
         box.disk / "device",
-        {"LOST_DEVICE": str(flag), "FOLDSERVE_FAULT_CHECK_SECONDS": "0.1"},
+        {
+            "LOST_DEVICE": str(flag),
+            "FOLDSERVE_FAULT_CHECK_SECONDS": "0.1",
+            "FOLDSERVE_BACKEND": "torch",
+        },
         change="tests.machines.broken:device",
     )
     try:

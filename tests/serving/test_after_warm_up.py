@@ -55,7 +55,7 @@ def test_nothing_is_compiled_or_chosen_while_serving(
     choices = Choices()
     prepared = _warm(program, name, choices)
     for module, names in (
-        (openvino_backend, ("export", "_converted", "_openvino")),
+        (openvino_backend, ("to_exported", "_converted", "_openvino")),
         (torch_cpu, ("PrepackedModule", "ProgramModule", "computing_program")),
     ):
         for each in names:

@@ -12,11 +12,13 @@ _NETWORK = "Failed to load resource"  # the browser's own line for a status of 4
 
 @dataclass
 class Watched:
-    """`page` of the service at `url`. `refusals` are the statuses that a test provokes."""
+    """`page` of the service at `url`. `refusals` are the statuses that a test provokes, and
+    `unanswered` says that it lets requests go without an answer."""
 
     page: Page
     url: str
     refusals: set[int] = field(default_factory=set)
+    unanswered: bool = False
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
@@ -30,8 +32,11 @@ class Watched:
         self.requests.append(request.url)
 
     def _said(self, message: ConsoleMessage) -> None:
+        provoked = [f"status of {status} " for status in self.refusals]
+        if self.unanswered:
+            provoked += ["net::ERR_FAILED", "net::ERR_CONNECTION_REFUSED"]
         expected = message.text.startswith(_NETWORK) and any(
-            f"status of {status} " in message.text for status in self.refusals
+            each in message.text for each in provoked
         )
         if message.type in ("error", "warning") and not expected:
             self.complaints.append(f"{message.type}: {message.text}")
