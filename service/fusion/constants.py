@@ -16,15 +16,16 @@ from torch import Tensor
 from service.fusion.memory import Trimmer
 from service.graph.operators import ATEN, DTYPES, OPERATORS
 from service.graph.program import Argument, DType, Node, Program, Ref
+from service.graph.writes import shares_memory
 
 
 class Constants(Mapping[str, Tensor]):
     """Weights, and nodes that read nothing but constants, by name; floating ones in float64.
 
     Values are computed when first read. They are kept, but for those that only one other constant
-    reads; weights are converted at every reading and not kept. `computed` tells the nodes among the
-    names, `expansions` those that rules may take for constants of batch size 1 although they follow
-    the batch: to other readers they are nodes.
+    reads; weights, and views of them, are converted at every reading and not kept. `computed` tells
+    the nodes among the names, `expansions` those that rules may take for constants of batch size 1
+    although they follow the batch: to other readers they are nodes.
     """
 
     def __init__(self, program: Program) -> None:
@@ -100,9 +101,12 @@ class Constants(Mapping[str, Tensor]):
         if name in self._weights:
             return _widened(self._weights[name])
         if name not in self._values:
+            node = self._pending[name]
             with torch.no_grad():
-                value = self._compute(self._pending[name])
-            for read in self._passing.intersection(self._pending[name].refs()):
+                value = self._compute(node)
+            if shares_memory(node.op) and self._weights.keys() >= set(node.refs()):
+                return value  # no more than a weight in another order: not worth a float64 copy
+            for read in self._passing.intersection(node.refs()):
                 self._values.pop(read, None)
             self._values[name] = value
         return self._values[name]
