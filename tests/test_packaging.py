@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata as metadata
+import json
 import re
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 
 # Declared because something loads them by name: the server its loop and parser, the conversion's
-# child its filter, the catalog its driver.
-LOADED_BY_NAME = {"uvloop", "httptools", "pyseccomp", "openvino"}
+# child its filter, the catalog its driver, OpenVINO a parser of versions.
+LOADED_BY_NAME = {"uvloop", "httptools", "pyseccomp", "openvino", "packaging"}
 EXTRAS = ("demo", "test", "int8", "postgres", "grpc", "onnx")
 MODULES = {
     "pillow": "PIL",
@@ -108,6 +109,59 @@ def test_the_lock_holds_plain_releases_and_no_address() -> None:
     assert lock()["torch"] == "2.13.0"
     for line in text.splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line), line
+
+
+ALONE = """
+import json, sys
+from importlib.machinery import PathFinder
+
+class Brought:
+    absent = set(json.loads(sys.argv[1]))
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in self.absent:
+            return PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Brought()
+
+import torch
+from torch import nn
+from service.fusion import fuse
+from service.graph import trace
+from service.serving import backend_named, backend_names
+
+network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+program = fuse(trace(network, (torch.zeros(2, 3, 8, 8),))).program
+for name in backend_names():
+    prepared = backend_named(name, threads=1).prepare(program, "cpu", "float32", (1, 2))
+    list(prepared.warm())
+    print(name, tuple(prepared.run((torch.ones(2, 3, 8, 8),))[0].shape))
+"""
+
+
+def run_alone(*also_absent: str) -> subprocess.CompletedProcess[str]:
+    """Every engine, in a process that sees only what a plain installation brings."""
+    brought = closure(requirements())
+    absent = {
+        module
+        for module, names in metadata.packages_distributions().items()
+        if not any(canonicalize_name(name) in {*brought, "foldserve"} for name in names)
+    }
+    modules = json.dumps(sorted({*absent, *also_absent}))
+    command = [sys.executable, "-c", ALONE, modules]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_engine_runs_on_a_plain_installation() -> None:
+    done = run_alone()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == ["torch (2, 4, 8, 8)", "openvino (2, 4, 8, 8)"]
+
+
+def test_an_engine_that_lacks_a_package_is_noticed() -> None:
+    done = run_alone("packaging")
+    assert done.returncode != 0
+    assert "openvino (2, 4, 8, 8)" not in done.stdout
 
 
 def imported_modules(folder: Path) -> set[str]:
