@@ -24,8 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     epilog="Exit status: 0 done, 1 refused (the reason and its remedy are printed) or no service "
-    "answers, 2 wrong usage. `foldserve COMMAND --help` tells more; `--install-completion` "
-    "completes commands in your shell.",
+    "answers, 2 wrong usage. A service that asks for an API key gets that of `FOLDSERVE_API_KEY`. "
+    "`foldserve COMMAND --help` tells more; `--install-completion` completes commands in your "
+    "shell.",
 )
 
 
