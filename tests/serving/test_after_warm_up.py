@@ -71,15 +71,12 @@ def test_nothing_is_compiled_or_chosen_while_serving(
 
 @pytest.mark.soak(share=0.01)
 @pytest.mark.parametrize("name", ["torch", "openvino"])
-@pytest.mark.parametrize("rows", [1, 8])
-def test_the_first_request_takes_hardly_longer_than_the_median(
-    program: Program, name: str, rows: int
-) -> None:
+def test_the_first_request_takes_hardly_longer_than_the_median(program: Program, name: str) -> None:
     """The better of a few programs, because other work on the machine only ever adds time."""
     ratios = []
     for _ in range(5):
         prepared = _warm(program, name)
-        batch = random_rows(prepared.inputs, rows)
+        batch = random_rows(prepared.inputs, 1)
         seconds = []
         for _ in range(41):
             started = time.perf_counter()
