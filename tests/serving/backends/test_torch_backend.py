@@ -175,7 +175,7 @@ def test_warm_up_runs_every_prepared_size(program: Program) -> None:
 
     prepared.run = counting  # type: ignore[method-assign]
     assert len(list(warm_up(prepared))) == 6
-    assert sizes == [1, 1, 2, 2, 4, 4]
+    assert sizes == [4, 4, 2, 2, 1, 1]
 
 
 def test_an_unloaded_program_does_not_run(program: Program) -> None:
