@@ -69,11 +69,18 @@ def test_nothing_is_compiled_or_chosen_while_serving(
         _warm(program, name)
 
 
+CACHES_SECONDS = 0.0005
+
+
 @pytest.mark.soak(share=0.01)
 @pytest.mark.parametrize("name", ["torch", "openvino"])
 def test_the_first_request_takes_hardly_longer_than_the_median(program: Program, name: str) -> None:
-    """The better of a few programs, because other work on the machine only ever adds time."""
-    ratios = []
+    """The better of a few programs, because other work on the machine only ever adds time.
+
+    Of a network that takes microseconds, the processor's caches make the first run a fraction of a
+    millisecond longer; compiling anything would take tens.
+    """
+    late = []
     for _ in range(5):
         prepared = _warm(program, name)
         batch = random_rows(prepared.inputs, 1)
@@ -82,6 +89,7 @@ def test_the_first_request_takes_hardly_longer_than_the_median(program: Program,
             started = time.perf_counter()
             prepared.run(batch)
             seconds.append(time.perf_counter() - started)
-        ratios.append(seconds[0] / statistics.median(seconds))
+        median = statistics.median(seconds)
+        late.append((seconds[0] - median) / max(median, CACHES_SECONDS))
         prepared.close()
-    assert min(ratios) <= 1.5
+    assert min(late) <= 0.5
