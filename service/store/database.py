@@ -88,6 +88,21 @@ def _prepare_sqlite(connection: Any, _entry: ConnectionPoolEntry) -> None:
         "foreign_keys = ON",
     ):
         connection.execute(f"PRAGMA {pragma}")
+    _require_writable(connection)
+
+
+def _require_writable(connection: Any) -> None:
+    """Refuse a connection that can only read.
+
+    Where SQLite cannot open a file for writing (a passing fault, no descriptor left) it opens it
+    for reading and says nothing: kept in the pool, such a connection would fail every writer that
+    gets it, long after the fault. Only a write shows it; this one is never committed.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute("PRAGMA user_version = 0")
+    finally:
+        connection.execute("ROLLBACK")
 
 
 def _begin_sqlite(connection: Connection) -> None:

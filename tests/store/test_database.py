@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import sqlite3
 from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Column, Integer, MetaData, inspect, text
+from sqlalchemy import Column, Engine, Integer, MetaData, event, inspect, text
+from sqlalchemy.exc import OperationalError
 
 from service.errors import StoreError
 from service.store import Catalog, sqlite_url
@@ -108,3 +110,25 @@ def test_a_file_that_is_no_database_is_a_store_error(tmp_path: Path) -> None:
     path.write_bytes(b"not a database" * 100)
     with pytest.raises(StoreError, match="not a database"):
         Catalog(sqlite_url(path))
+
+
+def test_a_connection_that_can_only_read_is_not_kept(tmp_path: Path) -> None:
+    """SQLite falls back to reading where a file cannot be opened for writing just then."""
+    file = tmp_path / "catalog.sqlite"
+    engine = open_engine(sqlite_url(file))
+    engine.dispose()  # the next connection is a new one
+
+    def for_reading(*_: object) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{file}?mode=ro", uri=True, check_same_thread=False)
+
+    event.listen(engine, "do_connect", for_reading)
+    with pytest.raises(OperationalError, match="readonly"):
+        write_nothing(engine)
+    event.remove(engine, "do_connect", for_reading)
+    write_nothing(engine)  # the control: the same engine writes again
+    engine.dispose()
+
+
+def write_nothing(engine: Engine) -> None:
+    with writing(engine).begin() as connection:
+        connection.execute(text("DELETE FROM models WHERE 1 = 0"))
