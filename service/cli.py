@@ -55,6 +55,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the embedded store.")] = None,
+    http_processes: Annotated[
+        int | None, typer.Option(help="Processes that do the HTTP work in front of this one.")
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,7 +69,13 @@ def serve(
 
     Every other setting is an environment variable; docs/configuration.md lists them.
     """
-    settings = show.settings(host=host, port=port, data_dir=data_dir, models=model or None)
+    settings = show.settings(
+        host=host,
+        port=port,
+        data_dir=data_dir,
+        http_processes=http_processes,
+        models=model or None,
+    )
     from service.api.server import run  # torch takes seconds to import; --help should not
 
     raise typer.Exit(run(settings))

@@ -83,6 +83,19 @@ class Settings(BaseSettings):
         ge=0,
         le=65535,
     )
+    http_processes: int = _setting(
+        1,
+        "processes",
+        "Processes that do the HTTP work; with 1 the process that computes does it too (Linux).",
+        ge=1,
+        le=64,
+    )
+    http_shared_bytes: int = _setting(
+        256 * MIB,
+        "bytes",
+        "Memory that each of several HTTP processes shares for bodies; larger ones are copied.",
+        ge=1 * MIB,
+    )
     data_dir: Path = _setting(Path(".data"), "path", "Folder of the embedded store and scratch.")
     models: Annotated[tuple[str, ...], NoDecode] = _setting(
         (), "NAME=PATH", "Checkpoints to convert and serve from the start, separated by commas."

@@ -21,6 +21,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "settings": frozenset(),
     "graph": frozenset({"errors"}),
+    "relay": frozenset(),
     "fusion": frozenset({"errors", "graph"}),
     "networks": _LEAVES | {"graph"},
     "checkpoint": _LEAVES,
@@ -44,7 +45,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "client": _LEAVES,
     "api": _LEAVES
     | {"pipeline", "worker", "hosting", "serving", "bench", "store"}
-    | {"web", "exports", "provision", "recovery"},
+    | {"web", "exports", "provision", "recovery", "relay"},
     "demo": _LEAVES | {"client", "networks"},
     "commands": _LEAVES
     | {"__init__", "client", "pipeline", "worker", "hosting", "store", "exports"},

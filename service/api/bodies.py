@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from service.api.state import of
 from service.errors import BadInput, RequestStalled, UploadTooLarge
+from service.relay.back import BODY_VIEWS
 
 
 def media_type(request: Request) -> str:
@@ -48,7 +49,7 @@ async def chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
     while more:
         chunk, more = await body.next()
         if chunk:
-            yield chunk
+            yield bytes(chunk)
 
 
 class _Body:
@@ -65,7 +66,7 @@ class _Body:
         self._slowest = of(request).settings.min_bytes_per_second
         self._received, self._waited = 0, 0.0
 
-    async def next(self) -> tuple[bytes, bool]:
+    async def next(self) -> tuple[bytes | memoryview, bool]:
         earned = self._received / self._slowest if self._slowest else math.inf
         began = time.monotonic()
         try:
@@ -76,7 +77,7 @@ class _Body:
         self._waited += time.monotonic() - began
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        chunk: bytes = message.get("body", b"")
+        chunk: bytes | memoryview = message.get("body", b"")
         self._received += len(chunk)
         return chunk, message.get("more_body", False)
 
@@ -92,6 +93,28 @@ async def whole(
 
     Raises UploadTooLarge naming `setting`, RequestStalled, or starlette's ClientDisconnect.
     """
+    body = await _whole(request, limit, idle_seconds, setting)
+    assert not isinstance(body, memoryview), "no view was asked for"
+    return body
+
+
+async def whole_or_view(
+    request: Request, limit: int, idle_seconds: float, setting: str
+) -> bytearray | bytes | memoryview:
+    """`whole`, for those that can read a view of memory that another process has written.
+
+    It is not copied then, and its place is free again once the view and what was made of it are
+    gone.
+    """
+    allow = (request.scope.get("extensions") or {}).get(BODY_VIEWS)
+    if allow is not None:
+        allow()
+    return await _whole(request, limit, idle_seconds, setting)
+
+
+async def _whole(
+    request: Request, limit: int, idle_seconds: float, setting: str
+) -> bytearray | bytes | memoryview:
     length = declared_length(request)
     if length is not None and length > limit:
         raise too_large(limit, setting)

@@ -41,7 +41,7 @@ class TooMuch(Exception):
     """A compressed body expands to more than its limit."""
 
 
-def expand(body: bytes | bytearray, coding: str, limit: int) -> bytearray:
+def expand(body: bytes | bytearray | memoryview, coding: str, limit: int) -> bytearray:
     """The expanded body; never more than `limit` bytes and a piece are held.
 
     Raises TooMuch, or BadInput for a body that is damaged, cut short or followed by other bytes.

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from service import errors
 from service.api import images, tensors
-from service.api.bodies import MultipartReader, Part, media_type, too_large, whole
+from service.api.bodies import MultipartReader, Part, media_type, too_large, whole, whole_or_view
 from service.api.direct import DirectRoute, direct
 from service.api.documented import inlined, refusals
 from service.api.encoding import json_bytes
@@ -219,18 +219,20 @@ async def _rows(request: Request, service: Service, hosted: Hosted, form: Form) 
         if kind == _JSON
         else (settings.max_body_bytes, "FOLDSERVE_MAX_BODY_BYTES")
     )
-    body = await whole(request, limit, settings.body_idle_seconds, name)
+    if kind not in (_JSON, tensors.NPY):
+        image = await whole(request, limit, settings.body_idle_seconds, name)
+        _check_plain(hosted)
+        return await _decode(service, hosted, form, [image])
+    body = await whole_or_view(request, limit, settings.body_idle_seconds, name)
     if kind == _JSON and not _is_plain(hosted):
         with hosted.expecting(form, 1):
             return await _on_thread(service, tensors.named_from_json, body, hosted.inputs)
     _check_plain(hosted)
-    if kind == _JSON or kind == tensors.NPY:
-        read = tensors.from_json if kind == _JSON else tensors.from_npy
-        if len(body) <= (_QUICK_JSON_BYTES if kind == _JSON else _QUICK_NPY_BYTES):
-            return read(body, hosted.item_shape)
-        with hosted.expecting(form, 1):
-            return await _on_thread(service, read, body, hosted.item_shape)
-    return await _decode(service, hosted, form, [body])
+    read = tensors.from_json if kind == _JSON else tensors.from_npy
+    if len(body) <= (_QUICK_JSON_BYTES if kind == _JSON else _QUICK_NPY_BYTES):
+        return read(body, hosted.item_shape)
+    with hosted.expecting(form, 1):
+        return await _on_thread(service, read, body, hosted.item_shape)
 
 
 async def _image_parts(request: Request, service: Service) -> list[bytearray]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
+import os
 import resource
 import signal
 import socket
 import sys
 from importlib.util import find_spec
 from types import FrameType
-from typing import Any
 
 import structlog
 import torch
 import uvicorn
 
 from service.api.app import create_app
-from service.api.connection import ConnectionLimits, limited
+from service.api.draining import DrainingServer
+from service.api.front_process import uvicorn_config
+from service.api.fronts import Fronts
 from service.api.logs import configure
 from service.errors import FoldserveError, StoreError
 from service.provision import Provision
@@ -27,14 +28,15 @@ from service.store import Catalog
 log = structlog.get_logger("foldserve")
 
 _BACKLOG = 2048
-_LAST_REQUESTS_SECONDS = 0.5
+_FRONT_SECONDS = 2.0
+"""What an HTTP process may take to end beside the waiting for its requests."""
 _OTHER_DESCRIPTORS = 512
 _SWITCH_SECONDS = 0.0005
 """How long the event loop may keep the interpreter from the device thread, which takes it again
 after every operator. Python's own 5 ms let refusals eat up the throughput of what was accepted."""
 
 
-class _Server(uvicorn.Server):
+class _Server(DrainingServer):
     """Tells the application that the end has begun, so that streams and waits finish by themselves.
 
     The first signal drains; a second one ends at once, as uvicorn does.
@@ -47,31 +49,8 @@ class _Server(uvicorn.Server):
             state.worker.give_up()
         super().handle_exit(sig, frame)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer whoever has connected, tell everyone that the connection closes, then end.
-
-        Connections that wait to be accepted would be reset with the listening socket, and idle ones
-        with a request on its way: they get a moment, in which every answer says `close`.
-        """
-        loop = asyncio.get_running_loop()
-        for sock in sockets or []:
-            sock.setblocking(False)
-            while (accepted := _accept(sock)) is not None:
-                await loop.connect_accepted_socket(self._protocol, accepted)
-        for server in self.servers:
-            server.close()
-        await asyncio.sleep(_LAST_REQUESTS_SECONDS)
-        await super().shutdown(sockets)
-
-    def _protocol(self) -> asyncio.Protocol:
-        make: Any = self.config.http_protocol_class
-        protocol: asyncio.Protocol = make(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        return protocol
-
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await self._serve_from(sockets or [])
         # What is loaded by now stays. Looking through all of it for garbage took 285 ms, during
         # which no request was answered.
         gc.collect()
@@ -81,13 +60,39 @@ class _Server(uvicorn.Server):
             shown = f"[{host}]" if ":" in host else host
             log.info("ready", address=f"http://{shown}:{port}")
 
+    async def _serve_from(self, sockets: list[socket.socket]) -> None:
+        await super().startup(sockets)
 
-def _accept(sock: socket.socket) -> socket.socket | None:
-    """The next connection that waits, if any."""
-    try:
-        return sock.accept()[0]
-    except OSError:
-        return None
+
+class _FrontedServer(_Server):
+    """Serves no connection itself: the HTTP processes do, and have their requests answered here."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self._settings = settings
+        self._fronts: Fronts | None = None
+
+    async def _serve_from(self, sockets: list[socket.socket]) -> None:
+        await uvicorn.Server.startup(self, [])
+        app, tasks = self.config.app, self.server_state.tasks
+        self._fronts = Fronts(app, self._settings, sockets[0], tasks)
+        try:
+            await self._fronts.start()
+        except RuntimeError as error:
+            log.error("cannot start", reason=str(error))
+            self.started, self.should_exit = False, True
+            await self.lifespan.shutdown()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.force_exit and self._fronts is not None:
+            self._fronts.kill()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        assert self._fronts is not None
+        await self._fronts.drain(self._settings.drain_seconds + _FRONT_SECONDS)
+        self.config.timeout_graceful_shutdown = 1  # nobody waits for what is left
+        await uvicorn.Server.shutdown(self, [])
 
 
 def run(settings: Settings) -> int:
@@ -108,6 +113,8 @@ def run(settings: Settings) -> int:
     if settings.otlp_endpoint and not _is_installed("opentelemetry.exporter.otlp"):
         log.error("cannot trace", remedy="pip install 'foldserve[otel]'")
         return 2
+    if settings.http_processes > 1 and not _has_memory_to_share():
+        return 2
     try:
         listening = _listen(settings)
     except OSError as error:
@@ -115,20 +122,9 @@ def run(settings: Settings) -> int:
         return 1
     _allow_descriptors(settings.max_connections)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    config = uvicorn.Config(
-        create_app(settings),
-        loop="uvloop",
-        http=limited(ConnectionLimits.of(settings)),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=True,
-        timeout_keep_alive=int(settings.keep_alive_seconds),
-        timeout_graceful_shutdown=int(settings.drain_seconds),
-    )
-    server = _Server(config)
+    config = uvicorn_config(create_app(settings), settings)
+    several = settings.http_processes > 1
+    server = _FrontedServer(config, settings) if several else _Server(config)
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         server.should_exit = True
@@ -151,6 +147,18 @@ def _has_cuda() -> bool:
             reason=f"FOLDSERVE_DEVICE is cuda; PyTorch {torch.__version__} sees no such device.",
             remedy="Give the process a GPU and its driver (`docker run --gpus all`), or set "
             "FOLDSERVE_DEVICE=auto.",
+        )
+    return available
+
+
+def _has_memory_to_share() -> bool:
+    """Whether processes here can share sealed memory; says what to do if not."""
+    available = sys.platform == "linux" and hasattr(os, "memfd_create")
+    if not available:
+        log.error(
+            "cannot serve with several HTTP processes",
+            reason=f"They share memory in a way that {sys.platform} does not have; Linux has it.",
+            remedy="Unset FOLDSERVE_HTTP_PROCESSES: one process serves HTTP and the device.",
         )
     return available
 

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
@@ -22,6 +22,8 @@ from service.errors import BadInput
 from service.serving import RowSpec
 
 Floats = NDArray[np.float32]
+
+Bytes: TypeAlias = "bytearray | bytes | memoryview"
 
 NPY = "application/x-npy"
 _HEADER_BYTES = 4096
@@ -37,7 +39,7 @@ _NAMED_REMEDY = 'Send {"inputs": {name: [...]}} with every input of the model.'
 _REMEDY = "Send what numpy.save writes for one float32 array."
 
 
-def from_npy(body: bytearray | bytes, item_shape: Sequence[int]) -> Floats:
+def from_npy(body: Bytes, item_shape: Sequence[int]) -> Floats:
     """The array [N, *item_shape] of an npy body; one item alone, without N, is taken as N = 1.
 
     float16 and float64 are converted to float32; a float32 array stays a view of `body`.
@@ -57,14 +59,14 @@ def from_npy(body: bytearray | bytes, item_shape: Sequence[int]) -> Floats:
     return _batch(array, item_shape)
 
 
-def from_json(body: bytearray | bytes, item_shape: Sequence[int]) -> Floats:
+def from_json(body: Bytes, item_shape: Sequence[int]) -> Floats:
     """The array [N, *item_shape] of `{"inputs": nested lists of numbers}`. Raises BadInput."""
     array = _numbers(_inputs_field(body, _JSON_REMEDY))
     _check_shape(array.shape, item_shape)
     return _batch(array, item_shape)
 
 
-def _inputs_field(body: bytearray | bytes, remedy: str) -> Any:
+def _inputs_field(body: Bytes, remedy: str) -> Any:
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -93,7 +95,7 @@ def _numbers(nested: Any, kinds: str = "fiu") -> NDArray[Any]:
     return array
 
 
-def named_from_json(body: bytearray | bytes, inputs: Sequence[RowSpec]) -> dict[str, NDArray[Any]]:
+def named_from_json(body: Bytes, inputs: Sequence[RowSpec]) -> dict[str, NDArray[Any]]:
     """An array [N, *shape] for each input, of `{"inputs": {name: nested lists}}`. Raises BadInput.
 
     A network's only input needs no name.
@@ -145,7 +147,7 @@ def joined(outputs: Sequence[NDArray[Any]]) -> Floats:
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 
-def _head(body: bytearray | bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def _head(body: Bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, Fortran order, element type, and where the elements begin.
 
     Raises BadInput.

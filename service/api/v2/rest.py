@@ -43,7 +43,7 @@ def head_length(value: str | None, size: int) -> int:
     )
 
 
-def parse(body: bytearray | bytes, head: int) -> InferRequest:
+def parse(body: bytearray | bytes | memoryview, head: int) -> InferRequest:
     """The request in `body`, whose first `head` bytes are JSON; tensors are views of the rest.
 
     Raises BadInput.

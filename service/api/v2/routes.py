@@ -241,12 +241,12 @@ async def documented_version(name: Name, version: Version) -> None:
     """Run one version, which is loaded if need be."""
 
 
-async def _body(request: Request, service: Service, on: Hosted) -> bytearray | bytes:
+async def _body(request: Request, service: Service, on: Hosted) -> bytearray | bytes | memoryview:
     """The request's body, expanded if it came compressed."""
     settings = service.settings
     coding = compression.content_coding(request.headers.get("content-encoding"))
     limit, name = settings.max_body_bytes, "FOLDSERVE_MAX_BODY_BYTES"
-    body = await bodies.whole(request, limit, settings.body_idle_seconds, name)
+    body = await bodies.whole_or_view(request, limit, settings.body_idle_seconds, name)
     if coding is None:
         return body
     try:

@@ -1,0 +1,207 @@
+"""The application's end of a link: runs the application for the requests of one front."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import numpy as np
+
+from service.relay import wire
+from service.relay.wire import Link
+
+BODY_VIEWS: Final = "foldserve.body_views"
+"""The scope's extension: a function that an application calls when it takes `memoryview`s of shared
+memory as bodies. Without that call bodies are `bytes`, as the standard says."""
+
+_WINDOW_BYTES: Final = 1 << 20
+"""How much of an answer may be on its way to a client that does not take it."""
+
+log = logging.getLogger(__name__)
+
+
+class Back(Link):
+    """See the module.
+
+    `memory` is what the front writes to. The tasks of running requests are in `tasks`. `ready` is
+    called when the front serves, `lost` when it is gone: by then its requests know that their
+    clients left.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        memory: mmap.mmap,
+        tasks: set[asyncio.Task[None]],
+        ready: Callable[[], None],
+        lost: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self._app = app
+        self._memory = memory
+        self._tasks = tasks
+        self._ready, self._lost = ready, lost
+        self._loop = asyncio.get_running_loop()
+        self._open: dict[int, _Exchange] = {}
+
+    def drain(self) -> None:
+        """Let the front end once it has answered."""
+        self.write(wire.DRAIN, 0)
+
+    def received(self, kind: int, number: int, payload: bytes) -> None:
+        if kind == wire.HELLO:
+            self._ready()
+            return
+        if kind == wire.OPEN:
+            self._begin(number, wire.unpack_scope(payload))
+            return
+        exchange = self._open.get(number)
+        if kind == wire.PLACED:
+            block, first, size, more = wire.PLACE.unpack(payload)
+            view = self._view(block, first, size)  # freed when it is dropped, here too
+            if exchange is not None:
+                exchange.arrive(view, more)
+        elif exchange is None:
+            pass  # the application has ended
+        elif kind in (wire.DATA, wire.DATA_END):
+            exchange.arrive(payload, kind == wire.DATA)
+        elif kind == wire.GONE:
+            exchange.leave()
+        elif kind == wire.TAKEN:
+            exchange.taken(wire.COUNT.unpack(payload)[0])
+        else:
+            raise ValueError(f"a frame of the kind {kind}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        for exchange in self._open.values():
+            exchange.leave()
+        self._lost()
+
+    def _begin(self, number: int, scope: dict[str, Any]) -> None:
+        exchange = self._open[number] = _Exchange(self, number, scope)
+        task = self._loop.create_task(self._run(number, exchange))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, number: int, exchange: _Exchange) -> None:
+        try:
+            await self._app(exchange.scope, exchange.receive, exchange.send)
+        except Exception:
+            log.exception("Exception in ASGI application")
+        finally:
+            if not exchange.over:
+                self.write(wire.ABORT, number)
+            del self._open[number]
+
+    def _view(self, block: int, first: int, size: int) -> memoryview:
+        """A part of the shared memory; its block is free again when nothing refers to it."""
+        held = np.frombuffer(self._memory, np.uint8, size, first)
+        weakref.finalize(held, self._release, block).atexit = False
+        return held.data
+
+    def _release(self, block: int) -> None:
+        """Called on any thread: wherever the last reference was."""
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self.write, wire.FREE, 0, wire.COUNT.pack(block))
+
+
+class _Exchange:
+    """One request, as its application sees it."""
+
+    __slots__ = (
+        "_arrived",
+        "_ended",
+        "_gone",
+        "_link",
+        "_news",
+        "_number",
+        "_silent",
+        "_unread",
+        "_views",
+        "scope",
+    )
+
+    def __init__(self, link: Link, number: int, scope: dict[str, Any]) -> None:
+        self._link, self._number = link, number
+        self._arrived: deque[tuple[bytes | memoryview, bool]] = deque()
+        self._news = asyncio.Event()
+        self._gone = self._ended = self._views = False
+        self._unread = 0
+        self._silent = any(name == b"expect" for name, _ in scope["headers"])
+        self.scope = scope | {"state": {}, "extensions": {BODY_VIEWS: self._allow_views}}
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to answer, or nobody."""
+        return self._gone or self._ended
+
+    # ---- what the front says ----------------------------------------------------------------
+
+    def arrive(self, piece: bytes | memoryview, more: bool) -> None:
+        self._arrived.append((piece, more))
+        self._news.set()
+
+    def leave(self) -> None:
+        self._gone = True
+        self._arrived.clear()
+        self._news.set()
+
+    def taken(self, size: int) -> None:
+        self._unread -= size
+        self._news.set()
+
+    # ---- what the application calls ---------------------------------------------------------
+
+    def _allow_views(self) -> None:
+        self._views = True
+
+    async def receive(self) -> dict[str, Any]:
+        if self._silent:
+            self._silent = False
+            self._link.write(wire.PULL, self._number)
+        while not self._arrived:
+            if self.over:
+                return {"type": "http.disconnect"}
+            self._news.clear()
+            await self._news.wait()
+        piece, more = self._arrived.popleft()
+        if not self._views and isinstance(piece, memoryview):
+            if len(piece) > wire.PIECE_BYTES:
+                self._arrived.appendleft((piece[wire.PIECE_BYTES :], more))
+                piece, more = piece[: wire.PIECE_BYTES], True
+            piece = bytes(piece)
+        if more:
+            self._link.write(wire.CONSUMED, self._number, wire.COUNT.pack(len(piece)))
+        return {"type": "http.request", "body": piece, "more_body": more}
+
+    async def send(self, message: Any) -> None:
+        if self.over:
+            return
+        if message["type"] == "http.response.start":
+            self._link.write(wire.START, self._number, wire.pack_start(message))
+            return
+        rest = memoryview(message.get("body", b""))
+        more = message.get("more_body", False)
+        while len(rest) > wire.PIECE_BYTES:
+            await self._pass_on(rest[: wire.PIECE_BYTES])
+            rest = rest[wire.PIECE_BYTES :]
+        if more:
+            await self._pass_on(rest)
+        elif not self.over:
+            self._ended = True
+            self._link.write(wire.END, self._number, rest)
+            self._news.set()
+
+    async def _pass_on(self, piece: memoryview) -> None:
+        while self._unread > _WINDOW_BYTES and not self._gone:
+            self._news.clear()
+            await self._news.wait()
+        if not self._gone:
+            self._unread += len(piece)
+            self._link.write(wire.BODY, self._number, piece)

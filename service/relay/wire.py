@@ -1,0 +1,161 @@
+"""Frames over a stream socket: a kind, the number of a request, and a payload.
+
+Payloads are JSON, fixed structures or raw bytes, so that a front that strangers have taken over can
+make the other side believe any request, but not run anything there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Any, Final, cast
+
+import orjson
+
+HELLO: Final = 0
+"""Front: it serves. Number 0, as in DRAIN."""
+OPEN: Final = 1
+"""Front: a request has begun; its scope."""
+DATA: Final = 2
+"""Front: a piece of its body."""
+DATA_END: Final = 3
+"""Front: its last piece."""
+PLACED: Final = 4
+"""Front: a piece of its body lies in shared memory (`PLACE`)."""
+GONE: Final = 5
+"""Front: the client has left, or takes no more of the answer."""
+TAKEN: Final = 6
+"""Front: so many bytes of the answer were sent on (`COUNT`)."""
+DRAIN: Final = 10
+"""Back: take no new connection, answer those that are there, end."""
+PULL: Final = 11
+"""Back: the application wants the body of a request that expects to be told."""
+CONSUMED: Final = 12
+"""Back: the application took so many bytes of the body, and more will come (`COUNT`)."""
+FREE: Final = 13
+"""Back: a piece in shared memory is not needed any more (`COUNT`: its block)."""
+START: Final = 14
+"""Back: status and headers."""
+BODY: Final = 15
+"""Back: a piece of the answer."""
+END: Final = 16
+"""Back: its last piece."""
+ABORT: Final = 17
+"""Back: the application failed before the answer was complete."""
+
+COUNT: Final = struct.Struct("<Q")
+PLACE: Final = struct.Struct("<QQQ?")  # block, first byte, bytes, whether more of the body follows
+PIECE_BYTES: Final = 1 << 18
+"""Largest body in one frame."""
+
+_HEAD: Final = struct.Struct("<BQI")
+_LARGEST: Final = 1 << 20
+_TEXT: Final = "latin-1"
+
+
+class Link(asyncio.Protocol):
+    """One end of the socket."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._rest = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's does not derive from it
+
+    def data_received(self, data: bytes) -> None:
+        data = self._rest + data if self._rest else data
+        at, size = 0, len(data)
+        while size - at >= _HEAD.size:
+            kind, number, length = _HEAD.unpack_from(data, at)
+            if length > _LARGEST:
+                raise ValueError(f"a frame of {length} bytes")
+            begin = at + _HEAD.size
+            if begin + length > size:
+                break
+            at = begin + length
+            self.received(kind, number, data[begin:at])
+        self._rest = data[at:]
+
+    def write(self, kind: int, number: int, payload: bytes | memoryview = b"") -> None:
+        """Send a frame; into nothing when the other side is gone."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(_HEAD.pack(kind, number, len(payload)))
+            if payload:
+                self._transport.write(payload)
+
+    def received(self, kind: int, number: int, payload: bytes) -> None:
+        """A frame has come. Raises ValueError or struct.error for one that makes no sense."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the link, whatever is under way."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def pack_scope(scope: Any) -> bytes:
+    """What an application needs of an HTTP scope."""
+    return orjson.dumps(
+        [
+            scope["method"],
+            scope["path"],
+            scope["raw_path"].decode(_TEXT),
+            scope["query_string"].decode(_TEXT),
+            scope["http_version"],
+            scope["scheme"],
+            scope["root_path"],
+            scope["client"],
+            scope["server"],
+            _texts(scope["headers"]),
+        ]
+    )
+
+
+def unpack_scope(payload: bytes) -> dict[str, Any]:
+    """The scope that `pack_scope` was given, without state and extensions."""
+    (
+        method,
+        path,
+        raw_path,
+        query_string,
+        http_version,
+        scheme,
+        root_path,
+        client,
+        server,
+        headers,
+    ) = orjson.loads(payload)
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": http_version,
+        "method": method,
+        "scheme": scheme,
+        "path": path,
+        "raw_path": raw_path.encode(_TEXT),
+        "query_string": query_string.encode(_TEXT),
+        "root_path": root_path,
+        "headers": _pairs(headers),
+        "client": client and tuple(client),
+        "server": server and tuple(server),
+    }
+
+
+def pack_start(message: Any) -> bytes:
+    """Status and headers of a response."""
+    return orjson.dumps([message["status"], _texts(message.get("headers", ()))])
+
+
+def unpack_start(payload: bytes) -> dict[str, Any]:
+    """The message that `pack_start` was given."""
+    status, headers = orjson.loads(payload)
+    return {"type": "http.response.start", "status": status, "headers": _pairs(headers)}
+
+
+def _texts(headers: Any) -> list[tuple[str, str]]:
+    return [(name.decode(_TEXT), value.decode(_TEXT)) for name, value in headers]
+
+
+def _pairs(headers: Any) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(_TEXT), value.encode(_TEXT)) for name, value in headers]
