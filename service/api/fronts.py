@@ -73,6 +73,11 @@ class Fronts:
         await asyncio.wait(self._keeping, timeout=seconds)
         self.kill()
 
+    @property
+    def pids(self) -> list[int]:
+        """The running HTTP processes."""
+        return list(self._running)
+
     def kill(self) -> None:
         """End them at once."""
         self._draining = True
