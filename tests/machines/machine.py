@@ -1,16 +1,12 @@
 """A machine whose power and disk a test controls: services on it die and fail when they are told.
 
-`Faults` is the control block that `shim.c` reads in every process of the machine. `Machine` boots
-services (see `stable`), kills them, and can play a power cut, after which only what was synced is
-left.
+`Machine` boots services (see `stable`), kills them, and can play a power cut, after which only what
+was synced is left. Machines side by side share one `Stable` and nothing else.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
-import mmap
 import os
 import select
 import shutil
@@ -23,87 +19,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+from tests.machines.faults import Faults
 from tests.running import ROOT, START_SECONDS
 
 _QUICK = {
     "FOLDSERVE_LOG_FORMAT": "json",
+    "FOLDSERVE_BACKEND": "torch",  # it needs no preparing, and what is tested here is the disk
     "FOLDSERVE_MAX_BATCH": "1",
     "FOLDSERVE_TORCH_THREADS": "1",
     "FOLDSERVE_CONVERSION_POLL_SECONDS": "0.05",
     "FOLDSERVE_CONVERSION_PRIORITY": "normal",  # an idle one never ends where others are busy
 }
-_IDLE, _COUNT, _KILL, _FAIL_ONE, _FAIL_FROM, _KILL_AFTER = range(6)
-
-
-class _Control(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int32)
-        for name in ("mode", "at", "error", "leader", "seen", "struck", "no_sync")
-    ]
-
-
-class Faults:
-    """What happens at the n-th change (counted from 1) that any process makes on the disk."""
-
-    def __init__(self, file: Path) -> None:
-        file.write_bytes(bytes(ctypes.sizeof(_Control)))
-        with file.open("r+b") as opened:
-            self._map = mmap.mmap(opened.fileno(), 0)
-        self._control = _Control.from_buffer(self._map)
-        self._orders = 0
-
-    def off(self) -> None:
-        """Nothing happens, nothing is counted."""
-        self._orders += 1
-        self._control.mode = _IDLE
-
-    def count(self) -> None:
-        """Count changes from now on."""
-        self._set(_COUNT, 0)
-
-    def kill(self, leader: int, at: int, *, after: bool = False) -> None:
-        """SIGKILL the process `leader` just before, or after, change `at`."""
-        watched = os.pidfd_open(leader)
-        self._set(_KILL_AFTER if after else _KILL, at, leader=leader)
-        threading.Thread(target=self._execute, args=(watched, self._orders), daemon=True).start()
-
-    def _execute(self, leader: int, order: int) -> None:
-        """Kill for a sandboxed child, which comes to the change, stops, and may send no signal."""
-        try:
-            while order == self._orders and not self.struck:
-                time.sleep(0.002)
-            if order == self._orders:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(leader, signal.SIGKILL)
-        finally:
-            os.close(leader)
-
-    def fail(self, at: int, error: int = errno.ENOSPC, *, lasting: bool = False) -> None:
-        """Let change `at`, and all that follow if `lasting`, fail with `error`."""
-        self._set(_FAIL_FROM if lasting else _FAIL_ONE, at, error=error)
-
-    def forget_syncs(self, wanted: bool) -> None:
-        """Let fsync do nothing: what a store without it would do."""
-        self._control.no_sync = int(wanted)
-
-    @property
-    def seen(self) -> int:
-        """Changes since the last order."""
-        return int(self._control.seen)
-
-    @property
-    def struck(self) -> int:
-        """How often the fault was played since the last order."""
-        return int(self._control.struck)
-
-    def _set(self, mode: int, at: int, *, error: int = 0, leader: int = 0) -> None:
-        self.off()
-        self._control.at, self._control.error, self._control.leader = at, error, leader
-        self._control.seen = self._control.struck = 0
-        self._control.mode = mode
 
 
 @dataclass(frozen=True)
@@ -152,14 +82,39 @@ def end(pid: int, number: int, seconds: float = 40) -> None:
         os.close(descriptor)
 
 
-class Machine:
-    """Boots services over folders below `folder`; make it with `machine`."""
+class Stable:
+    """The process that services are forked from, at whoever's order."""
 
-    def __init__(self, folder: Path, stable: subprocess.Popen[str], faults: Faults) -> None:
-        self.folder, self.faults = folder, faults
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._lock = threading.Lock()
+
+    def fork(self, order: Mapping[str, Any]) -> int:
+        """Start a service (see `stable` for the order); its process id."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
+
+
+class Machine:
+    """Boots services over folders below `disk`; make it with `machine`."""
+
+    def __init__(self, folder: Path, stable: Stable) -> None:
+        self.folder = folder
         self.disk, self.shadow = folder / "disk", folder / "shadow"
+        for made in (self.disk, self.shadow):
+            made.mkdir(parents=True)
+        self.faults = Faults(folder / "control")
         self._stable = stable
         self._boots = 0
+        self._durable: dict[Path, tuple[int, int, int]] = {}
+
+    def beside(self, name: str) -> Machine:
+        """Another machine with an empty disk, on which other things happen at the same time."""
+        return Machine(self.folder / name, self._stable)
 
     def boot(
         self, data_dir: Path, environment: Mapping[str, str] | None = None, change: str = ""
@@ -167,17 +122,16 @@ class Machine:
         """A service that listens; its defaults may still be loading."""
         self._boots += 1
         log = self.folder / f"boot-{self._boots}.log"
-        order = {
-            "data_dir": str(data_dir),
-            "log": str(log),
-            "environment": _QUICK | dict(environment or {}),
-            "change": change,
-        }
-        assert self._stable.stdin is not None
-        assert self._stable.stdout is not None
-        self._stable.stdin.write(json.dumps(order) + "\n")
-        self._stable.stdin.flush()
-        pid = int(self._stable.stdout.readline())
+        watched = {"CONTROL": "control", "FOLDER": "disk", "SHADOW": "shadow"}
+        faults = {f"FAULTS_{key}": str(self.folder / name) for key, name in watched.items()}
+        pid = self._stable.fork(
+            {
+                "data_dir": str(data_dir),
+                "log": str(log),
+                "environment": _QUICK | faults | dict(environment or {}),
+                "change": change,
+            }
+        )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
             for line in log.read_text().splitlines() if log.exists() else ():
@@ -189,12 +143,16 @@ class Machine:
     def sync(self, data_dir: Path) -> None:
         """Make all that `data_dir` holds durable, as `sync` and a quiet minute do."""
         for path in (data_dir.parent, data_dir, *data_dir.rglob("*")):
-            inode = path.stat().st_ino
+            found = path.stat()
+            state = (found.st_ino, found.st_mtime_ns, found.st_size)
+            copy = self.shadow / f"{found.st_ino}.{'d' if path.is_dir() else 'f'}"
+            if self._durable.get(copy) == state and copy.exists():
+                continue
             if path.is_dir():
-                listing = "".join(_line(entry) for entry in os.scandir(path))
-                (self.shadow / f"{inode}.d").write_text(listing)
+                copy.write_text("".join(_line(entry) for entry in os.scandir(path)))
             else:
-                shutil.copyfile(path, self.shadow / f"{inode}.f")
+                shutil.copyfile(path, copy)
+            self._durable[copy] = state
 
     def cut_power(self, data_dir: Path, restored: Path) -> None:
         """Rebuild in `restored` what a disk holds that kept nothing but what was synced."""
@@ -238,17 +196,8 @@ def machine(folder: Path) -> Iterator[Machine]:
         [cc, "-O1", "-shared", "-fPIC", "-o", str(shim), str(source), "-ldl", "-lpthread"],
         check=True,
     )
-    for name in ("disk", "shadow"):
-        (folder / name).mkdir()
-    faults = Faults(folder / "control")
     own = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
-    own |= {
-        "LD_PRELOAD": str(shim),
-        "FAULTS_CONTROL": str(folder / "control"),
-        "FAULTS_FOLDER": str(folder / "disk"),
-        "FAULTS_SHADOW": str(folder / "shadow"),
-        "OMP_NUM_THREADS": "1",
-    }
+    own |= {"LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"}
     stable = subprocess.Popen(
         [sys.executable, "-m", "tests.machines.stable"],
         cwd=ROOT,
@@ -261,7 +210,7 @@ def machine(folder: Path) -> Iterator[Machine]:
     try:
         assert stable.stdout is not None
         assert stable.stdout.readline() == "warm\n"
-        yield Machine(folder, stable, faults)
+        yield Machine(folder / "machine", Stable(stable))
     finally:
         with suppress(ProcessLookupError):
             os.killpg(stable.pid, signal.SIGKILL)

@@ -43,7 +43,8 @@ static pthread_mutex_t shadowing = PTHREAD_MUTEX_INITIALIZER;
     static __typeof__(name) *real; \
     if (!real) real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name)
 
-__attribute__((constructor)) static void begin(void) {
+/* Called when the process starts and, by a fork that gets a disk of its own, once more. */
+__attribute__((constructor)) void watch(void) {
     const char *file = getenv("FAULTS_CONTROL"), *below = getenv("FAULTS_FOLDER");
     const char *copies = getenv("FAULTS_SHADOW");
     if (!file || !below || !realpath(below, folder)) return;

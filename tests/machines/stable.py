@@ -7,6 +7,7 @@ the process id. A fork lives as `foldserve serve` does, with a fork server of it
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -18,6 +19,8 @@ import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
+
+from sqlalchemy.orm import configure_mappers
 
 import service.checkpoint.preload
 import service.worker  # noqa: F401
@@ -37,6 +40,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for name in _LATER:
         importlib.import_module(name)
+    configure_mappers()
     # What a service collects at its start is then its own: looking at all that it inherited would
     # copy the pages of it.
     gc.collect()
@@ -58,6 +62,7 @@ def _serve(order: dict[str, Any]) -> NoReturn:
             os.dup2(opened, descriptor)
             os.close(opened)
         os.environ.update(order["environment"])
+        ctypes.CDLL(None).watch()  # of the shim
         _fork_a_fork_server()
         if order["change"]:
             module, _, name = order["change"].partition(":")
