@@ -1,6 +1,7 @@
 """`python -m benchmarks [NAME] [options]`: run one benchmark, or `engine` if none is named.
 
-Names: conformance, decoding, engine, fusing, gpu, orepa, server, shares, siblings (see `--help`).
+Names: conformance, decoding, engine, fronts, fusing, gpu, orepa, server, shares, siblings (see
+`--help`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ BENCHMARKS = (
     "conformance",
     "decoding",
     "engine",
+    "fronts",
     "fusing",
     "gpu",
     "orepa",

@@ -234,7 +234,7 @@ def start_foldserve(
         {"FOLDSERVE_LOG_FORMAT": "json", **settings.environment},
     )
     stack.callback(process.stop)
-    port = _ready_port(process)
+    port = ready_port(process)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http:
         checkpoint = io.BytesIO()
         torch.save(network.training_form().state_dict(), checkpoint)
@@ -291,7 +291,8 @@ def _serving(health: Any) -> str:
     return f"{about['backend']} {about['precision']}, {about['layout']}, batches from backlog"
 
 
-def _ready_port(process: Process) -> int:
+def ready_port(process: Process) -> int:
+    """The port in the line that says `ready`. Raises Unavailable when none comes."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         process.check()

@@ -122,7 +122,7 @@ class Fronts:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 pass_fds=(self._listening.fileno(), there.fileno(), shared),
-                start_new_session=True,  # Ctrl-C in a terminal is for the device process
+                process_group=0,  # Ctrl-C in a terminal is for the device process
             )
             readable = memory.readable(shared)
         finally:
