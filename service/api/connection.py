@@ -11,7 +11,7 @@ import asyncio
 import fcntl
 import struct
 import termios
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar
@@ -53,15 +53,24 @@ class ConnectionLimits:
         )
 
 
-def limited(limits: ConnectionLimits) -> type[asyncio.Protocol]:
-    """The protocol class that uvicorn makes one of for every connection."""
-    return type("Connection", (Connection,), {"limits": limits})
+def limited(limits: ConnectionLimits, count: Callable[[int], int] = int) -> type[asyncio.Protocol]:
+    """The protocol class that uvicorn makes one of for every connection.
+
+    `count` is told how many connections this process holds whenever that changes, and answers how
+    many there are in all its fellows.
+    """
+    return type("Connection", (Connection,), {"limits": limits, "count": staticmethod(count)})
 
 
 class Connection(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol; see the module."""
 
     limits: ClassVar[ConnectionLimits]
+
+    @staticmethod
+    def count(connections: int) -> int:
+        """See `limited`."""
+        return connections
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,7 +86,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
+        if self.count(len(self.connections)) > self.limits.connections:
             self._answer(
                 problems.too_many_connections(self.limits.connections), {"Retry-After": "1"}
             )
@@ -89,6 +98,7 @@ class Connection(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        self.count(len(self.connections))
 
     # ---- heads --------------------------------------------------------------------------
 

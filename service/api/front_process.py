@@ -1,8 +1,9 @@
 """One of several HTTP processes: serves connections, passes their requests to the device process.
 
-    python -m service.api.front_process '{"listening": 3, "link": 4, "memory": 5, "settings": {…}}'
+    python -m service.api.front_process '{"listening": 3, "link": 4, "memory": 5, …}'
 
-Started by `fronts`, with the listening socket, its end of the link and its shared memory inherited.
+Started by `fronts`, with the listening socket, its end of the link, its shared memory and the tally
+of all connections inherited.
 It ends when the device process tells it to, and at once when that is gone. Signals are for the
 device process alone. It loads neither torch nor the application.
 """
@@ -16,7 +17,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -42,14 +43,17 @@ SETTINGS: Final = (
     "drain_seconds",
 )
 """The settings that an HTTP process is given; it is to know no secret."""
+_OTHERS_FIRST_SECONDS: Final = 0.005
 
 
-def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
-    """How HTTP is spoken, whichever process does it."""
+def uvicorn_config(
+    app: object, settings: Settings, count: Callable[[int], int] = int
+) -> uvicorn.Config:
+    """How HTTP is spoken, whichever process does it; `count` as in `limited`."""
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         loop="uvloop",
-        http=limited(ConnectionLimits.of(settings)),
+        http=limited(ConnectionLimits.of(settings), count),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -62,14 +66,23 @@ def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
 
 
 class _FrontServer(DrainingServer):
-    """Accepts from a socket that others accept from too, one connection in a turn of the loop.
+    """Accepts from a socket that others accept from too, and leaves them their share.
 
-    A loop that took all that wait would leave nothing for the other processes.
+    A process that holds more connections than the mean lets the others go first, for a moment:
+    whoever the machine happens to run would otherwise take all that wait.
     """
 
-    def __init__(self, config: uvicorn.Config, front: Front, link: socket.socket) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        front: Front,
+        link: socket.socket,
+        is_ahead: Callable[[], bool],
+    ) -> None:
         super().__init__(config)
         self._front, self._link = front, link
+        self._is_ahead = is_ahead
+        self._has_waited = False
         self._connecting: set[asyncio.Task[None]] = set()
 
     @contextmanager
@@ -81,7 +94,7 @@ class _FrontServer(DrainingServer):
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: self._front, sock=self._link)
         for sock in sockets or []:
-            loop.add_reader(sock, self._accept, sock)
+            self._listen(sock)
         self._front.write(wire.HELLO, 0)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -89,7 +102,18 @@ class _FrontServer(DrainingServer):
             asyncio.get_running_loop().remove_reader(sock)
         await super().shutdown(sockets)
 
+    def _listen(self, sock: socket.socket) -> None:
+        if not self.should_exit:
+            asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+
     def _accept(self, sock: socket.socket) -> None:
+        if self._is_ahead() and not self._has_waited:
+            self._has_waited = True
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(sock)
+            loop.call_later(_OTHERS_FIRST_SECONDS, self._listen, sock)
+            return
+        self._has_waited = False
         if (accepted := accept(sock)) is not None:
             accepted.setblocking(False)
             task = asyncio.ensure_future(self.connect(accepted))
@@ -118,13 +142,23 @@ def main(text: str) -> None:
     os.close(given["memory"])
     listening, link = socket.socket(fileno=given["listening"]), socket.socket(fileno=given["link"])
 
+    tally, own = memory.Tally(given["tally"]), given["index"]
+    os.close(given["tally"])
+
+    def count(connections: int) -> int:
+        tally[own] = connections
+        return tally.total
+
+    def is_ahead() -> bool:
+        return tally.is_above_mean(own)
+
     def drain() -> None:
         server.should_exit = True
 
     front = Front(shared, drain, _end_at_once)
-    config = uvicorn_config(front, settings)
+    config = uvicorn_config(front, settings, count)
     config.lifespan = "off"
-    server = _FrontServer(config, front, link)
+    server = _FrontServer(config, front, link, is_ahead)
     server.run(sockets=[listening])
 
 

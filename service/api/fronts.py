@@ -45,6 +45,8 @@ class Fronts:
         self._listening = listening
         self._tasks = tasks
         self._draining = False
+        self._counted = memory.create(8 * settings.http_processes)
+        self._tally = memory.Tally(self._counted)
         self._running: dict[int, _Process] = {}
         self._keeping: list[asyncio.Task[None]] = []
 
@@ -52,7 +54,9 @@ class Fronts:
         """Start all and wait until they serve. Raises RuntimeError when they do not."""
         self._listening.setblocking(False)
         ready = [asyncio.Event() for _ in range(self._settings.http_processes)]
-        self._keeping = [asyncio.ensure_future(self._keep(event)) for event in ready]
+        self._keeping = [
+            asyncio.ensure_future(self._keep(index, event)) for index, event in enumerate(ready)
+        ]
         waiting = asyncio.ensure_future(_all(ready))
         await asyncio.wait(
             (waiting, *self._keeping),
@@ -84,11 +88,11 @@ class Fronts:
         for process in list(self._running.values()):
             process.popen.kill()
 
-    async def _keep(self, first: asyncio.Event) -> None:
+    async def _keep(self, index: int, first: asyncio.Event) -> None:
         """One process after the other, until the end has begun."""
         while not self._draining:
             began = time.monotonic()
-            process = await self._launch(first)
+            process = await self._launch(index, first)
             self._running[process.popen.pid] = process
             if self._draining:  # meanwhile
                 process.popen.kill()
@@ -96,6 +100,7 @@ class Fronts:
             process.popen.kill()  # it has closed its link: whatever it still does is of no use
             status = await asyncio.to_thread(process.popen.wait)
             del self._running[process.popen.pid]
+            self._tally[index] = 0
             if self._draining:
                 return
             log.warning("an HTTP process ended; another takes its place", status=status)
@@ -103,7 +108,7 @@ class Fronts:
                 return  # the start fails
             await asyncio.sleep(max(0.0, began + _LEAST_LIFE_SECONDS - time.monotonic()))
 
-    async def _launch(self, ready: asyncio.Event) -> _Process:
+    async def _launch(self, index: int, ready: asyncio.Event) -> _Process:
         settings = self._settings
         shared = memory.create(settings.http_shared_bytes)
         here, there = socket.socketpair()
@@ -111,8 +116,9 @@ class Fronts:
             "listening": self._listening.fileno(),
             "link": there.fileno(),
             "memory": shared,
-            "settings": {name: getattr(settings, name) for name in SETTINGS}
-            | {"max_connections": max(1, settings.max_connections // settings.http_processes)},
+            "tally": self._counted,
+            "index": index,
+            "settings": {name: getattr(settings, name) for name in SETTINGS},
         }
         environment = {k: v for k, v in os.environ.items() if not k.upper().startswith(_SECRET)}
         try:
@@ -121,7 +127,7 @@ class Fronts:
                 [sys.executable, "-m", "service.api.front_process", json.dumps(given)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                pass_fds=(self._listening.fileno(), there.fileno(), shared),
+                pass_fds=(self._listening.fileno(), there.fileno(), shared, self._counted),
                 process_group=0,  # Ctrl-C in a terminal is for the device process
             )
             readable = memory.readable(shared)

@@ -31,6 +31,28 @@ def readable(descriptor: int) -> mmap.mmap:
     return mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
 
 
+class Tally:
+    """One number for each of several processes, which each changes its own of and all can sum.
+
+    `descriptor` is memory of `create` with 8 bytes for each.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._numbers = memoryview(writable(descriptor)).cast("q")
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._numbers[index] = value
+
+    @property
+    def total(self) -> int:
+        """The sum, in which what happens at this very moment may be missing."""
+        return sum(self._numbers)
+
+    def is_above_mean(self, index: int) -> bool:
+        """Whether that number is larger than the mean of all."""
+        return self._numbers[index] * len(self._numbers) > self.total
+
+
 class Blocks:
     """Which parts of `size` bytes are taken: the first gap that fits, in whole pages."""
 

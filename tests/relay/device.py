@@ -20,6 +20,7 @@ from service.relay.back import BODY_VIEWS
 from service.settings import Settings
 
 PIECE = b"0123456789abcdef" * 4096
+CONNECTIONS = 60
 departed = 0
 """Requests whose client was seen to leave."""
 sent = 0
@@ -127,7 +128,12 @@ async def main(processes: int, shared: int) -> None:
     """Serve until stdin ends, then drain."""
     global fronts
     listening = socket.create_server(("127.0.0.1", 0), backlog=128)
-    settings = Settings(http_processes=processes, http_shared_bytes=shared, log_format="json")
+    settings = Settings(
+        http_processes=processes,
+        http_shared_bytes=shared,
+        max_connections=CONNECTIONS,
+        log_format="json",
+    )
     fronts = Fronts(app, settings, listening, set())
     port = listening.getsockname()[1]
     await fronts.start()

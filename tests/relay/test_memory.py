@@ -51,6 +51,19 @@ def test_a_block_that_is_not_taken_cannot_be_given_back() -> None:
         blocks.give_back(begin)
 
 
+def test_everybody_sums_what_each_counts() -> None:
+    descriptor = memory.create(3 * 8)
+    try:
+        ours, theirs = memory.Tally(descriptor), memory.Tally(descriptor)
+        ours[0], theirs[2] = 5, 7
+        assert (ours.total, theirs.total) == (12, 12)
+        assert [ours.is_above_mean(index) for index in range(3)] == [True, False, True]
+        ours[0] = 0
+        assert theirs.total == 7
+    finally:
+        os.close(descriptor)
+
+
 def test_the_memory_is_seen_by_both_sides_and_keeps_its_size() -> None:
     descriptor = memory.create(4 * PAGE)
     try:
