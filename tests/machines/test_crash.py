@@ -227,11 +227,11 @@ def _go_through(
     """
     chance = random.Random(seed)
     asked = (
-        (lambda http: life.upload(http), 26),
+        (life.upload, 36),
         (lambda http: life.upload(http, wait=True), 170),
-        (life.switch, 4),
+        (life.switch, 6),
         (lambda http: life.upload(http, wait=True), 170),
-        (life.delete, 24),
+        (life.delete, 34),
     )
     for turn in itertools.takewhile(lambda _: wanted(), range(kills)):
         ask, changes = asked[turn % len(asked)]
