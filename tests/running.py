@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -9,15 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.forks import ROOT, Fork, Stable, stable
+
+Process = subprocess.Popen[bytes] | Fork
 START_SECONDS = 240
 STOP_SECONDS = 40
+_COLUMNS = "200"
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class RunningServer:
     """Where the service answers, its process, its store, and what it has logged so far."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: Process
     data_dir: Path
     log_file: Path
 
@@ -73,20 +79,26 @@ def eventually(holds: Callable[[], bool], what: str, seconds: float = 60) -> flo
 
 @contextmanager
 def running(
-    folder: Path, environment: Mapping[str, str] | None = None, *arguments: str
+    folder: Path, environment: Mapping[str, str] | None = None, *arguments: str, fresh: bool = False
 ) -> Iterator[RunningServer]:
-    """`foldserve serve` on a free port with its data in `folder`, ready when this returns."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
+    """`foldserve serve` on a free port with its data in `folder`, ready when this returns.
+
+    It is the fork of a process that has imported everything, for importing takes most of a start;
+    `fresh`, it is a process from the beginning, as users have it.
+    """
+    own = _environment()
     # Not the default priority: on a machine that others keep busy, an idle process never runs. Not
     # the default backend either: one that needs no measuring is there in a moment.
     own |= {"FOLDSERVE_LOG_FORMAT": "json", "FOLDSERVE_CONVERSION_PRIORITY": "normal"}
     own |= {"FOLDSERVE_BACKEND": "torch"} | dict(environment or {})
     log_file = folder.parent / f"{folder.name}.log"
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--data-dir", str(folder), *arguments], cwd=ROOT, env=own, stderr=log
-        )
+    serve = ["serve", "--port", "0", "--data-dir", str(folder), *arguments]
+    log_file.write_bytes(b"")
+    process: Process
+    if fresh or sys.platform != "linux":
+        process = _started(serve, own, log_file)
+    else:
+        process = _stable().fork(serve, own, log_file)
     try:
         url = _address(process, log_file)
         _wait_ready(process, url, log_file)
@@ -101,7 +113,37 @@ def running(
                 process.wait()
 
 
-def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
+def foldserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command: what it prints, and its exit status. It is a fork, as a service is."""
+    own = _environment() | {"COLUMNS": _COLUMNS} | environment
+    if sys.platform != "linux":
+        line = [sys.executable, "-m", "service.cli", *arguments]
+        return subprocess.run(line, cwd=ROOT, env=own, capture_output=True, text=True, timeout=120)
+    with TemporaryDirectory() as folder:
+        out, log = Path(folder, "out"), Path(folder, "log")
+        status = _stable().fork(arguments, own, log, out=out).wait(120)
+        return subprocess.CompletedProcess(arguments, status, out.read_text(), log.read_text())
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
+
+
+def _started(arguments: list[str], environment: Mapping[str, str], log_file: Path) -> Process:
+    command = [sys.executable, "-m", "service.cli", *arguments]
+    with log_file.open("wb") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=dict(environment), stderr=log)
+
+
+@cache
+def _stable() -> Stable:
+    """One for all tests of this process."""
+    life = ExitStack()
+    atexit.register(life.close)
+    return life.enter_context(stable(_environment() | {"COLUMNS": _COLUMNS}))
+
+
+def _address(process: Process, log_file: Path) -> str:
     """The address in the line that says `ready`."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
@@ -113,7 +155,7 @@ def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
     raise AssertionError(f"the service did not start:\n{log_file.read_text()}")
 
 
-def _wait_ready(process: subprocess.Popen[bytes], url: str, log_file: Path) -> None:
+def _wait_ready(process: Process, url: str, log_file: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         if httpx.get(f"{url}/health/ready").status_code == 200:

@@ -21,21 +21,9 @@ from service import __version__
 from service.commands import show
 from service.networks import deploy_skeleton
 from tests.api import tiny
-from tests.running import ROOT, RunningServer, running
+from tests.running import ROOT, RunningServer, foldserve, running
 
 COMMANDS = ["serve", "convert", "inspect", "pack", "push", "models", "predict", "benchmark", "demo"]
-
-
-def foldserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    own = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
-    return subprocess.run(
-        [sys.executable, "-m", "service.cli", *arguments],
-        cwd=ROOT,
-        env=own | {"COLUMNS": "200"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 @pytest.fixture
@@ -197,7 +185,7 @@ def test_remote_commands_without_a_service() -> None:
 
 
 def test_serve_says_ready_once_and_nothing_else_and_ends_with_zero(tmp_path: Path) -> None:
-    with running(tmp_path / "data") as server:
+    with running(tmp_path / "data", fresh=True) as server:
         lines = server.log()
         assert [(line["event"], line["address"]) for line in lines] == [("ready", server.url)]
         assert server.stop() == 0

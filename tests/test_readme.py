@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tour_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A service of the tour's own, because its model must get version 1."""
-    with running(tmp_path_factory.mktemp("tour-server") / "data") as server:
+    with running(tmp_path_factory.mktemp("tour-server") / "data", fresh=True) as server:
         yield server
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from service.store import BlobStore, Catalog, sqlite_url
+from tests.running import foldserve
 
 
 @pytest.fixture
@@ -34,11 +33,7 @@ def store(tmp_path: Path) -> Path:
 
 def run(*arguments: str) -> tuple[int, Any]:
     """Exit status and what the JSON on standard output says, None where there is none."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "service.cli", *arguments, "--json"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = foldserve(*arguments, "--json")
     return done.returncode, json.loads(done.stdout) if done.stdout else None
 
 

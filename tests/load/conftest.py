@@ -19,7 +19,7 @@ SETTINGS = {
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("loaded")
-    with running(folder / "data", SETTINGS) as server:
+    with running(folder / "data", SETTINGS, fresh=True) as server:
         subjects.upload(server, "busy", subjects.busy_checkpoint(), subjects.BUSY_CONFIG)
         lookup = subjects.lookup_bundle(folder)
         subjects.upload(server, "lookup", lookup, {"backend": "torch"})

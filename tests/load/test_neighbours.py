@@ -90,7 +90,7 @@ def test_predictions_go_on_during_a_conversion(loaded: RunningServer) -> None:
 def test_a_conversion_does_not_starve_inference(tmp_path: Path, tell: Tell) -> None:
     # The service's own default; the other tests convert at normal priority, to be done in time.
     polite = SETTINGS | {"FOLDSERVE_CONVERSION_PRIORITY": "idle"}
-    with running(tmp_path / "data", polite) as server:
+    with running(tmp_path / "data", polite, fresh=True) as server:
         subjects.upload(server, "busy", subjects.busy_checkpoint(), subjects.BUSY_CONFIG)
         idle = paced(server, 20.0)
         under, conversions = during_conversions(server, "aside", 40.0)

@@ -120,7 +120,7 @@ def test_overload_is_shed_for_a_minute(loaded: RunningServer, tell: Tell) -> Non
 def test_a_service_that_never_refuses_breaks_the_promise(tmp_path: Path, tell: Tell) -> None:
     """The control: with a queue of a million rows the same load piles up."""
     endless = SETTINGS | {"FOLDSERVE_QUEUE_ROWS": "1000000"}
-    with running(tmp_path / "data", endless) as server:
+    with running(tmp_path / "data", endless, fresh=True) as server:
         subjects.upload(server, "busy", subjects.busy_checkpoint(), subjects.BUSY_CONFIG)
         peak, under, growth = overload(server, 10.0)
     tell("4 x capacity, no limit", "must fail", words(peak, under, growth), "is the control")

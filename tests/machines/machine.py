@@ -12,19 +12,17 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
+from tests.forks import Stable, stable
 from tests.machines.faults import Faults
-from tests.running import ROOT, START_SECONDS
+from tests.running import START_SECONDS
 
 _QUICK = {
     "FOLDSERVE_LOG_FORMAT": "json",
@@ -82,39 +80,22 @@ def end(pid: int, number: int, seconds: float = 40) -> None:
         os.close(descriptor)
 
 
-class Stable:
-    """The process that services are forked from, at whoever's order."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self._lock = threading.Lock()
-
-    def fork(self, order: Mapping[str, Any]) -> int:
-        """Start a service (see `stable` for the order); its process id."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._lock:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            return int(self._process.stdout.readline())
-
-
 class Machine:
     """Boots services over folders below `disk`; make it with `machine`."""
 
-    def __init__(self, folder: Path, stable: Stable) -> None:
+    def __init__(self, folder: Path, stable: Stable, environment: dict[str, str]) -> None:
         self.folder = folder
         self.disk, self.shadow = folder / "disk", folder / "shadow"
         for made in (self.disk, self.shadow):
             made.mkdir(parents=True)
         self.faults = Faults(folder / "control")
-        self._stable = stable
+        self._stable, self._environment = stable, environment
         self._boots = 0
         self._durable: dict[Path, tuple[int, int, int]] = {}
 
     def beside(self, name: str) -> Machine:
         """Another machine with an empty disk, on which other things happen at the same time."""
-        return Machine(self.folder / name, self._stable)
+        return Machine(self.folder / name, self._stable, self._environment)
 
     def boot(
         self, data_dir: Path, environment: Mapping[str, str] | None = None, change: str = ""
@@ -122,16 +103,11 @@ class Machine:
         """A service that listens; its defaults may still be loading."""
         self._boots += 1
         log = self.folder / f"boot-{self._boots}.log"
-        watched = {"CONTROL": "control", "FOLDER": "disk", "SHADOW": "shadow"}
-        faults = {f"FAULTS_{key}": str(self.folder / name) for key, name in watched.items()}
-        pid = self._stable.fork(
-            {
-                "data_dir": str(data_dir),
-                "log": str(log),
-                "environment": _QUICK | faults | dict(environment or {}),
-                "change": change,
-            }
-        )
+        faults = {"CONTROL": "control", "FOLDER": "disk", "SHADOW": "shadow"}
+        own = self._environment | _QUICK | dict(environment or {})
+        own |= {f"FAULTS_{key}": str(self.folder / name) for key, name in faults.items()}
+        serve = ["serve", "--port", "0", "--data-dir", str(data_dir)]
+        pid = self._stable.fork(serve, own, log, change=change).pid
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
             for line in log.read_text().splitlines() if log.exists() else ():
@@ -198,20 +174,5 @@ def machine(folder: Path) -> Iterator[Machine]:
     )
     own = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
     own |= {"LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"}
-    stable = subprocess.Popen(
-        [sys.executable, "-m", "tests.machines.stable"],
-        cwd=ROOT,
-        env=own,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert stable.stdout is not None
-        assert stable.stdout.readline() == "warm\n"
-        yield Machine(folder / "machine", Stable(stable))
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(stable.pid, signal.SIGKILL)
-        stable.communicate()
+    with stable(own) as forks:
+        yield Machine(folder / "machine", forks, own)

@@ -1,8 +1,9 @@
-"""Services that start in a moment: one process imports everything once, each service is its fork.
+"""Commands that start in a moment: one process imports everything once, each command is its fork.
 
-It reads one order a line from its standard input (`data_dir`, `log`, `environment`, and `change`, a
-`module:function` that is called before the service starts, for the controls), forks, and answers
-the process id. A fork lives as `foldserve serve` does, with a fork server of its own.
+It reads one order a line from its standard input, forks, and answers the process id. An order holds
+`arguments` (of `foldserve`), the whole `environment`, the files `out`, `log` (standard error) and
+`status` (the exit status), and `change`, a `module:function` that is called first, for the
+controls. A fork lives as the command does, with a fork server of its own that is a fork too.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import os
 import signal
 import socket
 import sys
-import tempfile
+import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sqlalchemy.orm import configure_mappers
 
+import service.api.server
 import service.checkpoint.preload
 import service.worker  # noqa: F401
-from service.api.server import run
-from service.settings import Settings
+from service.cli import main as command
 
 _LATER = (
     *("anyio._backends._asyncio", "uvloop", "uvicorn.loops.uvloop", "uvicorn.lifespan.on"),
@@ -49,43 +50,55 @@ def main() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            _serve(json.loads(line))
+            _live(json.loads(line))
         print(pid, flush=True)
 
 
-def _serve(order: dict[str, Any]) -> NoReturn:
-    status = 1
+def _live(order: dict[str, Any]) -> NoReturn:
+    status: object = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for descriptor, name in ((0, os.devnull), (1, os.devnull), (2, order["log"])):
+        for descriptor, name in ((0, os.devnull), (1, order["out"]), (2, order["log"])):
             opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             os.dup2(opened, descriptor)
             os.close(opened)
+        os.environ.clear()
         os.environ.update(order["environment"])
-        ctypes.CDLL(None).watch()  # of the shim
+        if "FAULTS_CONTROL" in os.environ:
+            ctypes.CDLL(None).watch()  # of the shim
         _fork_a_fork_server()
         if order["change"]:
             module, _, name = order["change"].partition(":")
             getattr(importlib.import_module(module), name)()
-        status = run(Settings(port=0, data_dir=Path(order["data_dir"])))
+        sys.argv = ["foldserve", *order["arguments"]]
+        command()
+    except SystemExit as ended:
+        status = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
-        os._exit(status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        Path(order["status"]).write_text(str(status))
+        os._exit(0)
 
 
 def _fork_a_fork_server() -> None:
     """What `forkserver.ensure_running` does, but by a fork that has the imports already."""
-    mine: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    address = tempfile.mktemp(prefix="stable-")
+    mine: Any = vars(forkserver)["_forkserver"]
+    address = f"\0foldserve-{os.getpid()}"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
         alive_reader, alive_writer = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.close(alive_writer)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            forkserver.main(listener.fileno(), alive_reader, [])
-            os._exit(0)
+            try:
+                os.close(alive_writer)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                forkserver.main(listener.fileno(), alive_reader, [])
+            finally:
+                os._exit(0)  # it ends by an exception when the service has ended
         os.close(alive_reader)
     mine._forkserver_address, mine._forkserver_alive_fd = address, alive_writer
     mine._forkserver_pid = pid
