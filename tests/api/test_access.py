@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from tests.api.conftest import catalog_of
 from tests.api.problem import problem
 from tests.api.raw import answer as answer_of
 from tests.api.raw import connected
-from tests.running import ROOT, RunningServer
+from tests.running import RunningServer, foldserve
 
 Guarded = tuple[RunningServer, dict[str, str]]
 Keyed = dict[str, httpx.Client]
@@ -394,13 +391,9 @@ def test_no_log_holds_a_key(guarded: Guarded) -> None:
 
 def test_no_log_holds_the_password_of_the_database(tmp_path: Path) -> None:
     url = "postgresql://somebody:hunter2@127.0.0.1:1/nothing"
-    own = {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
-    own |= {"FOLDSERVE_DATABASE_URL": url, "FOLDSERVE_LOG_LEVEL": "debug"}
+    own = {"FOLDSERVE_DATABASE_URL": url, "FOLDSERVE_LOG_LEVEL": "debug"}
     for arguments in (["serve", "--port", "0"], ["keys", "list"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "service.cli", *arguments, "--data-dir", str(tmp_path)],
-            cwd=ROOT, env=own, capture_output=True, text=True, timeout=200, check=False,
-        )  # fmt: skip
+        done = foldserve(*arguments, "--data-dir", str(tmp_path), **own)
         assert done.returncode not in (0, 2), done.stderr
         assert "hunter2" not in done.stdout + done.stderr
     assert "hunter2" not in repr(Settings(database_url=url))
