@@ -84,6 +84,11 @@ class Process:
                 ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
 
+    def own_cpu_seconds(self) -> float:
+        """CPU time of the child alone, without its children, so far."""
+        fields = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
@@ -141,6 +146,10 @@ class Server:
             time.sleep(0.25)
             if self._process.cpu_seconds() - before < 0.05:
                 return
+
+    def own_cpu_seconds(self) -> float:
+        """CPU time of its first process alone so far."""
+        return self._process.own_cpu_seconds()
 
     def answers(self, body: Body) -> list[bytes]:
         """The bodies of its answers to one round of requests."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ import numpy as np
 import pytest
 from tritonclient import http as triton
 
+from service.api.server import run
+from service.settings import Settings
 from tests.api import raw, tiny
 from tests.api.conftest import put_tiny
 from tests.api.test_events import read
 from tests.api.v2.conftest import address
 from tests.api.v2.test_infer import given, is_right
+from tests.machines import small
 from tests.running import RunningServer, eventually, running
 
 TWO = {"FOLDSERVE_HTTP_PROCESSES": "2", "FOLDSERVE_MAX_BODY_BYTES": "20000000"}
@@ -176,7 +180,7 @@ def test_one_application_counts_the_requests_of_all(fronted: RunningServer) -> N
 def test_nothing_accepted_is_lost_when_the_service_ends(tmp_path: Path) -> None:
     with running(tmp_path / "data", TWO) as server:
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            put_tiny(client, "tiny")
+            assert small.upload(client, "net", 1, wait=True).status_code == 201
         lost: list[str] = []
         answered = [0] * 8
 
@@ -184,11 +188,7 @@ def test_nothing_accepted_is_lost_when_the_service_ends(tmp_path: Path) -> None:
             with httpx.Client(base_url=server.url, timeout=30) as client:
                 while True:
                     try:
-                        answer = client.post(
-                            "/v1/models/tiny/predict",
-                            content=tiny.npy(tiny.rows(40)),
-                            headers={"Content-Type": tiny.NPY, "Accept": tiny.NPY},
-                        )
+                        answer = small.predict(client, "net")
                     except httpx.ConnectError:
                         return  # never accepted
                     except httpx.TransportError as error:
@@ -211,6 +211,17 @@ def test_nothing_accepted_is_lost_when_the_service_ends(tmp_path: Path) -> None:
         assert server.process.wait(30) == 0
         assert time.monotonic() - begun < 30
         assert lost == []
+
+
+def test_a_system_that_cannot_share_memory_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("service.api.server.configure", lambda settings: None)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    settings = Settings(port=0, data_dir=tmp_path / "data", http_processes=2)
+    assert run(settings) == 2
+    assert "FOLDSERVE_HTTP_PROCESSES" in capsys.readouterr().out
+    assert not (tmp_path / "data").exists()
 
 
 def _compared(answer: httpx.Response) -> dict[str, str]:
