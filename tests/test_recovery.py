@@ -13,7 +13,7 @@ from torch import Tensor
 from service.errors import BackendFailed, ModelFaulty
 from service.recovery import Recovery
 from service.serving.batcher import Batcher
-from service.serving.device import DeviceThread
+from service.serving.device import Device
 from tests.serving.fakes import POISON, Doubler, rows
 
 
@@ -30,7 +30,7 @@ class Breaking(Doubler):
 
 def test_a_lost_device_is_told_from_a_poison_request() -> None:
     async def scene() -> None:
-        device = DeviceThread()
+        device = Device()
         prepared, neighbour = Breaking(), Batcher(Doubler(), device)
         batcher = Batcher(prepared, device)
         with pytest.raises(BackendFailed, match="poison"):

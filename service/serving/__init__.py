@@ -14,7 +14,7 @@ from service.serving.backends import (
     random_rows,
 )
 from service.serving.batcher import Batcher
-from service.serving.device import DeviceThread, available_cpus
+from service.serving.device import Device, available_cpus
 from service.serving.models import ModelSet, ModelSetLimits
 from service.serving.request import Result, Rows, Timing
 from service.serving.runner import Form, LoadedModel, LoadOptions, ModelKey
@@ -28,7 +28,7 @@ __all__ = [
     "BatcherStats",
     "Choices",
     "Description",
-    "DeviceThread",
+    "Device",
     "Form",
     "LoadOptions",
     "LoadedModel",

@@ -1,82 +1,66 @@
 """Batches from backlog: what waits when the device comes free is the next batch.
 
 There is no timer. A lone request starts at once; under load the batch grows by itself, because the
-more requests wait while a batch computes, the more the next one holds. Requests are taken first
-come, first served; a request is a run of rows, so one that does not fit the rest of a batch gives
-it what fits and starts the next, and one with more rows than the largest batch needs no other rule.
+more requests wait while a batch computes, the more the next one holds.
+
+A program whose `Prepared.streams` run beside each other shares the backlog out among them, in the
+smallest batches that cost nothing: a core that answers a batch, and waits for what its callers send
+next, takes what waits meanwhile and leaves the other cores at work. Only when fewer rows wait than
+there are streams, and nothing runs, do they get all cores together.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import threading
-from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from service.errors import (
-    BackendFailed,
-    BadInput,
-    DeadlineExceeded,
-    ModelFaulty,
-    NotLoaded,
-    QueueFull,
-)
-from service.serving.backends.base import Prepared
+from service.errors import BackendFailed, BadInput, ModelFaulty, NotLoaded
+from service.serving.backends.base import Prepared, Streams
 from service.serving.backends.rows import random_rows
+from service.serving.backlog import Backlog, too_late
 from service.serving.columns import checked
-from service.serving.device import DeviceThread, hand_over
+from service.serving.device import Device, hand_over
 from service.serving.request import Request, Result, Rows, Slice, monotonic
-from service.serving.stats import WAIT_SECONDS, BatcherStats, BatchLimits
-from service.serving.tally import Tally
+from service.serving.stats import BatcherStats, BatchLimits
 
 Answer = tuple[Request, Result | Exception]
+Run = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 log = logging.getLogger(__name__)
-
-_SLOWING = 1.1
-"""How much slower a batch may be taken to have become at once: what computes is told from what was
-only held up by other processes, which lasts for a few batches and not for dozens."""
 
 
 class Batcher:
     """Serves one prepared program to many callers; made and used on an event loop.
 
-    Rows enter on the loop, batches are assembled and run on the device's thread, and answers are
-    handed back with one call per batch and loop. The device thread is shared: after each batch the
-    next one queues behind whatever else was posted there, so models take turns. A batch that takes
-    next to no time runs on the loop instead (`BatchLimits.inline_seconds`), after the loop has
-    looked once for others who are there already.
+    Rows enter on the loop, batches are assembled and run on the device's threads, and answers are
+    handed back with one call per batch and loop. The device is shared: after each turn the next one
+    queues behind whatever else was posted there, so models take turns. A batch that takes next to
+    no time runs on the loop instead (`BatchLimits.inline_seconds`), after the loop has looked once
+    for others who are there already.
     """
 
     def __init__(
-        self, prepared: Prepared, device: DeviceThread, limits: BatchLimits | None = None
+        self, prepared: Prepared, device: Device, limits: BatchLimits | None = None
     ) -> None:
         self.prepared = prepared
         self.limits = limits or BatchLimits()
         self._device = device
         self._largest = prepared.batch_sizes[-1]
         self._inputs = prepared.inputs
+        self._streams = prepared.streams
+        self._backlog = Backlog(self.limits.queue_rows)
         self._lock = threading.Lock()
-        self._waiting: deque[Request] = deque()
-        self._waiting_rows = 0
-        self._running_rows = 0
-        self._expected_rows = 0
-        self._scheduled = False
+        self._turns = 0
+        """How many turns run or are posted: at most one for each stream."""
         self._closing = False
-        self._counts: Counter[str] = Counter()
-        self._batch_rows: Counter[int] = Counter()
-        self._waits = Tally(WAIT_SECONDS)
-        self._busy_seconds = 0.0
-        self._seconds_per_row = 0.0
-        self._batch_seconds: dict[int, float] = {}
         self._inline_seconds = self.limits.inline_seconds if _runs_anywhere(prepared) else 0.0
-        self._last_finish = 0.0
         self.fault: Exception | None = None
         """Why the program is out of order: not even rows of our own could be run."""
 
@@ -105,49 +89,22 @@ class Batcher:
         finally:
             request.timer.cancel()
             if future.cancelled():
-                self._drop(request, "departed")
+                self._backlog.drop(request, "departed")
 
     def require_room(self) -> None:
         """Raise QueueFull if one more row would find no place; for before a request is read."""
-        with self._lock:
-            self._check_room(1)
+        self._backlog.require_room()
 
-    @contextmanager
-    def expecting(self, rows: int) -> Iterator[None]:
+    def expecting(self, rows: int) -> AbstractContextManager[None]:
         """Hold places for rows that are being decoded, so that what is decoded is bounded too.
 
         The places are free again when it is left; submit the rows then. Raises QueueFull.
         """
-        rows = min(rows, self.limits.queue_rows)  # more than can ever wait is `submit`'s to refuse
-        with self._lock:
-            self._check_room(rows)
-            self._expected_rows += rows
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._expected_rows -= rows
+        return self._backlog.expecting(rows)
 
     def stats(self) -> BatcherStats:
         """A snapshot of the counters; cheap, from any thread."""
-        with self._lock:
-            return BatcherStats(
-                requests=self._counts["requests"],
-                answered=self._counts["answered"],
-                failed=self._counts["failed"],
-                rejected=self._counts["rejected"],
-                expired=self._counts["expired"],
-                departed=self._counts["departed"],
-                rows=self._counts["rows"],
-                batches=self._counts["batches"],
-                retried=self._counts["retried"],
-                busy_seconds=self._busy_seconds,
-                waiting_rows=self._waiting_rows,
-                running_rows=self._running_rows,
-                rows_per_second=1 / self._seconds_per_row if self._seconds_per_row else 0.0,
-                batch_rows=dict(self._batch_rows),
-                queue_seconds=self._waits.read(),
-            )
+        return self._backlog.stats()
 
     async def close(self, *, drain: bool = True) -> None:
         """Take no more requests; answer those that wait (or fail them with NotLoaded).
@@ -157,13 +114,10 @@ class Batcher:
         """
         self._closing = True
         if not drain:
-            with self._lock:
-                left = list(self._waiting)
-            for request in left:
-                if self._drop(request, "failed"):
-                    _set_error(request.future, NotLoaded("The model was unloaded meanwhile."))
-        while self._scheduled:
-            await self._device.call(_nothing)  # comes back behind the turn that is under way
+            for request in self._backlog.clear("failed"):
+                _set_error(request.future, NotLoaded("The model was unloaded meanwhile."))
+        while self._turns:
+            await self._device.call(_nothing)  # comes back behind the turns that are under way
 
     def _checked(self, rows: Rows) -> tuple[Tensor, ...]:
         columns = checked(rows, self._inputs)
@@ -176,19 +130,16 @@ class Batcher:
         return columns
 
     def _enqueue(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+        most = 1 if self._streams is None else self._streams.count
         with self._lock:
             if self._closing:
                 raise NotLoaded("The model is being unloaded.")
             if self.fault is not None:
                 raise self._faulty()
-            self._counts["requests"] += 1
-            self._check_room(len(request))
-            self._waiting.append(request)
-            self._waiting_rows += len(request)
-            first = not self._scheduled
-            self._scheduled = True
-        if not first:
-            return
+            self._backlog.put(request)
+            if self._turns == most:
+                return
+            self._turns += 1
         if self._is_quick(len(request)):
             loop.call_soon(self._begin)
         else:
@@ -196,119 +147,96 @@ class Batcher:
 
     def _begin(self) -> None:
         """Run what came in the same moment here, if that is quick and the device idle."""
-        with self._lock:
-            rows = min(self._waiting_rows, self._largest)
+        rows = min(self._backlog.rows, self._largest)
         if not (self._is_quick(rows) and self._device.run_if_idle(self._turn)):
             self._schedule()
 
     def _is_quick(self, rows: int) -> bool:
         """Whether a batch of that many rows is known to take less than `inline_seconds`."""
-        return self._batch_seconds.get(rows, math.inf) < self._inline_seconds
-
-    def _check_room(self, rows: int) -> None:
-        """Raise QueueFull if `rows` more find no place; the lock is held."""
-        taken = self._waiting_rows + self._expected_rows
-        if taken + rows > self.limits.queue_rows:
-            self._counts["rejected"] += 1
-            raise QueueFull(
-                f"{taken} rows wait already, of at most {self.limits.queue_rows}.",
-                retry_after=round(self._seconds_until_room(taken + rows), 3),
-            )
-
-    def _seconds_until_room(self, wanted: int) -> float:
-        """When enough rows will have been taken, at the rate measured so far (1 s if unknown)."""
-        excess = wanted - self.limits.queue_rows
-        return self._seconds_per_row * (excess + self._running_rows) or 1.0
-
-    def _drop(self, request: Request, why: str) -> bool:
-        """Stop waiting for a request; False if it already left or all its rows were taken."""
-        with self._lock:
-            if request.gone or (why == "expired" and not request.waiting):
-                return False
-            request.gone = True
-            self._waiting_rows -= request.waiting
-            self._counts[why] += 1
-            return True
+        return self._backlog.seconds_of(rows) < self._inline_seconds
 
     def _expire(self, request: Request) -> None:
-        if self._drop(request, "expired"):
-            _set_error(request.future, _too_late(request))
+        if self._backlog.drop(request, "expired"):
+            _set_error(request.future, too_late(request))
 
-    # From here on: the device's thread, or the loop in its stead.
-
-    def _turn(self) -> None:
-        """Run one batch, then queue for the next if anything waits."""
-        try:
-            batch, answers = self._assemble()
-            self._deliver(answers)
-            if batch:
-                answers = self._execute(batch)
-                self._deliver(answers)
-                if any(isinstance(answer, BackendFailed) for _, answer in answers):
-                    self._diagnose()
-        finally:
-            with self._lock:
-                self._running_rows = 0
-                self._scheduled = bool(self._waiting)
-                again = self._scheduled
-            if again:
-                self._schedule()
+    # From here on: the device's threads, or the loop in their stead.
 
     def _schedule(self) -> None:
         try:
-            self._device.post(self._turn)
+            self._device.post(self._turn, beside=self._streams is not None)
         except NotLoaded as stopping:  # the device was closed before its batchers
             with self._lock:
-                self._closing, self._scheduled = True, False
-                left = [request for request in self._waiting if not request.gone]
-                for request in left:
-                    self._leave(request, "failed")
-                self._waiting.clear()
+                self._closing = True
+                self._turns -= 1
+            left = self._backlog.clear("failed")
             self._deliver([(request, NotLoaded(stopping.detail)) for request in left])
 
-    def _assemble(self) -> tuple[list[Slice], list[Answer]]:
-        room = self._largest
-        batch: list[Slice] = []
-        late: list[Answer] = []
-        now = monotonic()
-        with self._lock:
-            while room and self._waiting:
-                request = self._waiting[0]
-                if not request.gone and request.future.cancelled():
-                    self._leave(request, "departed")
-                elif not request.gone and request.deadline <= now:
-                    self._leave(request, "expired")
-                    late.append((request, _too_late(request)))
-                if request.gone:
-                    self._waiting.popleft()
-                    continue
-                stop = request.taken + min(room, request.waiting)
-                batch.append(Slice(request, request.taken, stop))
-                if not request.taken:
-                    request.started = now
-                    self._waits.add(now - request.arrived)
-                room -= stop - request.taken
-                self._waiting_rows -= stop - request.taken
-                request.taken = stop
-                if not request.waiting:
-                    self._waiting.popleft()
-            self._running_rows = self._largest - room
-        return batch, late
+    def _turn(self) -> None:
+        """Run what waits, as much as one turn may take; then queue for the next if more does."""
+        try:
+            if self._streams is None:
+                self._run_batch(self._largest, self.prepared.run)
+            else:
+                self._stream_turn(self._streams)
+        finally:
+            with self._lock:
+                again = bool(self._backlog)
+                self._turns -= not again
+            if again:
+                self._schedule()
 
-    def _leave(self, request: Request, why: str) -> None:
-        request.gone = True
-        self._waiting_rows -= request.waiting
-        self._counts[why] += 1
+    def _stream_turn(self, streams: Streams) -> None:
+        """This stream's share of what waits now, in small batches; few rows get all the cores."""
+        waiting = min(self._backlog.rows, self._largest)
+        if waiting < streams.count:
+            with self._device.whole_if_free() as free:
+                if free:
+                    self._run_batch(waiting or 1, self.prepared.run)
+                    return
+        share = max(1, -(-waiting // streams.count))
+        while share > 0:
+            ran = self._run_batch(min(share, streams.rows), streams.run)
+            if not ran:
+                return
+            share -= ran
 
-    def _execute(self, batch: list[Slice]) -> list[Answer]:
+    def _run_batch(self, room: int, run: Run) -> int:
+        """Answer at most `room` of the rows that wait; how many there were."""
+        taken = self._backlog.take(room)
+        try:
+            self._deliver([(request, too_late(request)) for request in taken.late])
+            if not taken.batch:
+                return 0
+            answers = self._execute(taken.batch, run)
+            self._deliver(answers)
+            if any(isinstance(answer, BackendFailed) for _, answer in answers):
+                self._diagnose(run)
+        finally:
+            self._backlog.ran(taken)
+        return taken.rows
+
+    def _execute(self, batch: list[Slice], run: Run) -> list[Answer]:
         if self.fault is not None:
             return [answer for one in batch for answer in self._blame(one, self._faulty())]
-        return self._try(batch)
+        try:
+            return self._compute(batch, run)
+        except Exception as error:
+            if len(batch) == 1:
+                return self._blame(batch[0], error)
+            log.warning("a batch of %d requests failed, each is tried alone: %s", len(batch), error)
+        answers = []
+        for one in batch:
+            self._backlog.count(retried=1)
+            try:
+                answers += self._compute([one], run)
+            except Exception as error:
+                answers += self._blame(one, error)
+        return answers
 
-    def _diagnose(self) -> None:
+    def _diagnose(self, run: Run) -> None:
         """Whether requests failed or the program does: rows of our own tell the two apart."""
         try:
-            self.prepared.run(random_rows(self._inputs, 1))
+            run(random_rows(self._inputs, 1))
         except Exception as fault:
             log.error("a program is out of order: %s", fault)
             self.fault = fault
@@ -316,36 +244,15 @@ class Batcher:
     def _faulty(self) -> ModelFaulty:
         return ModelFaulty(f"{type(self.fault).__name__}: {self.fault}", retry_after=1.0)
 
-    def _try(self, batch: list[Slice]) -> list[Answer]:
-        try:
-            return self._run(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                return self._blame(batch[0], error)
-            log.warning("a batch of %d requests failed, each is tried alone: %s", len(batch), error)
-        answers = []
-        for one in batch:
-            with self._lock:
-                self._counts["retried"] += 1
-            try:
-                answers += self._run([one])
-            except Exception as error:
-                answers += self._blame(one, error)
-        return answers
-
-    def _run(self, batch: list[Slice]) -> list[Answer]:
+    def _compute(self, batch: list[Slice], run: Run) -> list[Answer]:
         start = monotonic()
         sizes = [len(one) for one in batch]
         count = sum(sizes)
-        if len(batch) == 1:
-            rows = batch[0].rows
-        else:
-            rows = tuple(torch.cat(c) for c in zip(*(one.rows for one in batch), strict=True))
-        outputs = self.prepared.run(rows)
+        outputs = run(_joined([one.rows for one in batch]))
         finish = monotonic()
         if any(output.dim() == 0 or len(output) != count for output in outputs):
             raise BackendFailed("An output does not have one row for each row of the input.")
-        self._record(count, start, finish, batch[0].request.arrived)
+        self._backlog.record(count, start, finish, batch[0].request.arrived)
         pieces = (
             [outputs]
             if len(batch) == 1
@@ -353,32 +260,14 @@ class Batcher:
         )
         answers: list[Answer] = []
         for one, piece in zip(batch, pieces, strict=True):
-            result = one.request.add(piece, finish - start, count)
+            result = self._backlog.add(one, piece, finish - start, count)
             if result is not None:
                 answers.append((one.request, result))
         return answers
 
-    def _record(self, rows: int, start: float, finish: float, arrived: float) -> None:
-        # A row's share of the whole cycle, turns of other models included, while there is backlog.
-        seconds = (finish - min(start, max(self._last_finish, arrived))) / rows
-        with self._lock:
-            self._last_finish = finish
-            self._seconds_per_row += (seconds - self._seconds_per_row) * (
-                0.2 if self._seconds_per_row else 1.0
-            )
-            self._busy_seconds += finish - start
-            took = self._batch_seconds.get(rows, math.inf)
-            self._batch_seconds[rows] = min(finish - start, took * _SLOWING)
-            self._batch_rows[rows] += 1
-            self._counts["rows"] += rows
-            self._counts["batches"] += 1
-
     def _blame(self, one: Slice, error: Exception) -> list[Answer]:
         """The request that fails by itself gets the error; its other rows need not run."""
-        with self._lock:
-            if not one.request.gone:
-                one.request.gone = True
-                self._waiting_rows -= one.request.waiting
+        self._backlog.abandon(one.request)
         if isinstance(error, ModelFaulty):
             return [(one.request, error)]
         failure = BackendFailed(
@@ -410,14 +299,18 @@ class Batcher:
             else:
                 request.future.set_exception(answer)
                 failed += isinstance(answer, BackendFailed | ModelFaulty)
-        with self._lock:
-            self._counts["answered"] += answered
-            self._counts["failed"] += failed
+        self._backlog.count(answered=answered, failed=failed)
 
 
-def _too_late(request: Request) -> DeadlineExceeded:
-    waited = monotonic() - request.arrived
-    return DeadlineExceeded(f"The request waited {waited:.3f} s, beyond its deadline.")
+def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The rows of several requests behind each other, for each input.
+
+    By NumPy, because each of several threads that joined with torch would keep a pool of others.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*parts, strict=True)
+    return tuple(torch.from_numpy(np.concatenate([c.numpy() for c in each])) for each in columns)
 
 
 def _set_error(future: asyncio.Future[Result], error: Exception) -> None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from service.errors import FormNotAvailable, NotLoaded
 from service.graph import Program
 from service.serving.backends import Choices, Prepared
-from service.serving.device import DeviceThread
+from service.serving.device import Device
 from service.serving.request import Result, Rows
 from service.serving.runner import (
     Form,
@@ -61,7 +61,7 @@ class ModelSet:
         """What was measured to be fastest is remembered in `choices`."""
         self.limits = limits or ModelSetLimits()
         self._choices = choices or Choices()
-        self._devices: dict[str, DeviceThread] = {}
+        self._devices: dict[str, Device] = {}
         self._sources: dict[tuple[str, int], _Source] = {}
         self._runners: dict[ModelKey, Runner] = {}
         self._loading: dict[ModelKey, asyncio.Task[Runner]] = {}
@@ -266,7 +266,7 @@ class ModelSet:
     ) -> Runner:
         place = options.place
         if place not in self._devices:
-            self._devices[place] = DeviceThread(place, self.limits.threads)
+            self._devices[place] = Device(place, self.limits.threads)
         return await start_runner(
             key, read, options, self._devices[place], self.limits.batch, self._choices
         )

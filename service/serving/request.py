@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -53,7 +52,7 @@ class Result:
 class Request:
     """Rows waiting for their outputs: `rows` has [N, ...] for each input.
 
-    The batcher's lock guards `taken` and `gone`.
+    The backlog's lock guards what changes.
     """
 
     __slots__ = (
@@ -91,7 +90,7 @@ class Request:
         self.compute_seconds = 0.0
         self.batch_rows = 0
         self.batches = 0
-        self.parts: list[tuple[Tensor, ...]] = []
+        self.parts: dict[int, tuple[Tensor, ...]] = {}
 
     def __len__(self) -> int:
         return self.rows[0].shape[0]
@@ -101,26 +100,30 @@ class Request:
         """Rows that no batch has taken yet."""
         return len(self) - self.taken
 
-    def add(self, outputs: tuple[Tensor, ...], seconds: float, batch_rows: int) -> Result | None:
-        """Record the outputs of the next rows; the whole result once the last of them came."""
-        self.parts.append(outputs)
+    def add(
+        self, start: int, outputs: tuple[Tensor, ...], seconds: float, batch_rows: int
+    ) -> Result | None:
+        """Record the outputs of the rows from `start`; the whole result once all rows have some."""
+        self.parts[start] = outputs
         self.compute_seconds += seconds
         self.batch_rows = max(self.batch_rows, batch_rows)
         self.batches += 1
-        if sum(part[0].shape[0] for part in self.parts) < len(self):
+        if sum(part[0].shape[0] for part in self.parts.values()) < len(self):
             return None
-        joined = (
-            self.parts[0]
-            if len(self.parts) == 1
-            else tuple(torch.cat(column) for column in zip(*self.parts, strict=True))
-        )
         timing = Timing(
             queue_seconds=self.started - self.arrived,
             compute_seconds=self.compute_seconds,
             batch_rows=self.batch_rows,
             batches=self.batches,
         )
-        return Result(tuple(np.asarray(output) for output in joined), timing)
+        # Batches that run at once may end in any order.
+        parts = [self.parts[start] for start in sorted(self.parts)]
+        return Result(tuple(map(_joined, zip(*parts, strict=True))), timing)
+
+
+def _joined(parts: tuple[Tensor, ...]) -> NDArray[Any]:
+    arrays = [np.asarray(part) for part in parts]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 @dataclass(frozen=True, slots=True)

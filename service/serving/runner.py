@@ -23,7 +23,7 @@ from service.serving.backends import (
     powers_of_two,
 )
 from service.serving.batcher import Batcher
-from service.serving.device import DeviceThread
+from service.serving.device import Device
 from service.serving.stats import BatcherStats, BatchLimits
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class Runner:
         self,
         key: ModelKey,
         prepared: Prepared,
-        device: DeviceThread,
+        device: Device,
         limits: BatchLimits,
         load_seconds: float,
     ) -> None:
@@ -126,7 +126,7 @@ async def start_runner(
     key: ModelKey,
     read: Callable[[], Program],
     options: LoadOptions,
-    device: DeviceThread,
+    device: Device,
     limits: BatchLimits,
     choices: Choices,
 ) -> Runner:
@@ -178,7 +178,7 @@ def _largest_batch(program: Program, options: LoadOptions) -> int:
     return batch
 
 
-async def run_steps(device: DeviceThread, steps: Iterator[None]) -> None:
+async def run_steps(device: Device, steps: Iterator[None]) -> None:
     """Run a generator on the device thread, one step per job, so that others get their turns."""
 
     def advance() -> bool:
@@ -188,7 +188,7 @@ async def run_steps(device: DeviceThread, steps: Iterator[None]) -> None:
         pass
 
 
-async def run_steps_for(device: DeviceThread, steps: Generator[None, None, T]) -> T:
+async def run_steps_for(device: Device, steps: Generator[None, None, T]) -> T:
     """`run_steps`, returning what the generator returns."""
     result: list[T] = []
 

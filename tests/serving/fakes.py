@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from service.serving import Description, Result, RowSpec
+from service.serving.backends.base import Streams
 
 POISON = -1.0
 
@@ -19,7 +20,9 @@ class Doubler:
     """Answers twice the input and the sum of each row; a batch with a poison row raises.
 
     `gate` blocks every run until it is set, so that a test decides what the backlog is; `runs`
-    records the first column of every batch that was tried.
+    records the first column of every batch that was tried. With so many
+    `streams`, as many runs may be under way at once; `beside` is the most that were, `alone`
+    whether those that needed the device to themselves had it.
     """
 
     def __init__(
@@ -28,6 +31,8 @@ class Doubler:
         width: int = 3,
         pause: Callable[[], float] = lambda: 0.0,
         mix_rows: bool = False,
+        streams: int = 0,
+        stream_rows: int = 1,
     ) -> None:
         self.inputs = (RowSpec("input_0", (width,), torch.float32),)
         self.outputs = (
@@ -35,6 +40,11 @@ class Doubler:
             RowSpec("output_1", (), torch.float32),
         )
         self.batch_sizes = tuple(sorted({1, largest}))
+        self.streams = Streams(streams, stream_rows, self._run_beside) if streams else None
+        self.beside = 0
+        self.alone = True
+        self._running = 0
+        self._lock = threading.Lock()
         self.gate = threading.Event()
         self.gate.set()
         self.started = threading.Event()
@@ -46,6 +56,22 @@ class Doubler:
         self._mix_rows = mix_rows
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.alone &= self._running == 0
+        outputs = self._compute(inputs)
+        self.alone &= self._running == 0
+        return outputs
+
+    def _run_beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with self._lock:
+            self._running += 1
+            self.beside = max(self.beside, self._running)
+        try:
+            return self._compute(inputs)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def _compute(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (batch,) = inputs
         self.threads.add(threading.current_thread().name)
         self.runs.append(batch[:, 0].tolist())

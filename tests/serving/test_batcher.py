@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from service.errors import BackendFailed, BadInput, DeadlineExceeded, NotLoaded, QueueFull
-from service.serving import Batcher, BatchLimits, DeviceThread, Prepared, Result, backend_named
+from service.serving import Batcher, BatchLimits, Device, Prepared, Result, backend_named
 
 from . import pair
 from .fakes import POISON, Doubler, is_own, rows
 
 
 @pytest.fixture
-def device() -> Iterator[DeviceThread]:
-    thread = DeviceThread("cpu", threads=1)
+def device() -> Iterator[Device]:
+    thread = Device("cpu", threads=1)
     yield thread
     thread.close()
 
@@ -38,7 +38,7 @@ async def _settle() -> None:
         await asyncio.sleep(0)
 
 
-def test_a_lone_request_runs_at_once_and_alone(device: DeviceThread) -> None:
+def test_a_lone_request_runs_at_once_and_alone(device: Device) -> None:
     fake = Doubler()
 
     async def scenario() -> None:
@@ -56,7 +56,7 @@ def test_a_lone_request_runs_at_once_and_alone(device: DeviceThread) -> None:
     assert fake.threads == {"device cpu"}
 
 
-def test_what_waits_is_the_next_batch_in_order_of_arrival(device: DeviceThread) -> None:
+def test_what_waits_is_the_next_batch_in_order_of_arrival(device: Device) -> None:
     fake = Doubler(largest=4)
 
     async def scenario() -> None:
@@ -79,7 +79,7 @@ def test_what_waits_is_the_next_batch_in_order_of_arrival(device: DeviceThread) 
 
 
 def test_more_rows_than_a_batch_are_split_and_joined_and_nobody_is_mixed_up(
-    device: DeviceThread,
+    device: Device,
 ) -> None:
     fake = Doubler(largest=4)
 
@@ -104,7 +104,7 @@ def test_more_rows_than_a_batch_are_split_and_joined_and_nobody_is_mixed_up(
     asyncio.run(scenario())
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(device: DeviceThread) -> None:
+def test_a_full_queue_refuses_and_says_when_to_come_back(device: Device) -> None:
     fake = Doubler(largest=2, pause=lambda: 0.01)
 
     async def scenario() -> None:
@@ -126,7 +126,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(device: DeviceThread) -
     asyncio.run(scenario())
 
 
-def test_a_request_that_could_never_wait_is_bad_input_not_queue_full(device: DeviceThread) -> None:
+def test_a_request_that_could_never_wait_is_bad_input_not_queue_full(device: Device) -> None:
     async def scenario() -> None:
         batcher = Batcher(Doubler(largest=2), device, BatchLimits(queue_rows=4))
         with pytest.raises(BadInput, match="at most 4"):
@@ -137,7 +137,7 @@ def test_a_request_that_could_never_wait_is_bad_input_not_queue_full(device: Dev
     asyncio.run(scenario())
 
 
-def test_a_deadline_ends_waiting_but_not_computing(device: DeviceThread) -> None:
+def test_a_deadline_ends_waiting_but_not_computing(device: Device) -> None:
     fake = Doubler()
 
     async def scenario() -> None:
@@ -159,7 +159,7 @@ def test_a_deadline_ends_waiting_but_not_computing(device: DeviceThread) -> None
     asyncio.run(scenario())
 
 
-def test_a_deadline_that_has_passed_is_dropped_at_assembly(device: DeviceThread) -> None:
+def test_a_deadline_that_has_passed_is_dropped_at_assembly(device: Device) -> None:
     fake = Doubler()
 
     async def scenario() -> None:
@@ -180,7 +180,7 @@ def test_a_deadline_that_has_passed_is_dropped_at_assembly(device: DeviceThread)
     asyncio.run(scenario())
 
 
-def test_departed_clients_do_not_compute_and_free_their_room(device: DeviceThread) -> None:
+def test_departed_clients_do_not_compute_and_free_their_room(device: Device) -> None:
     fake = Doubler()
 
     async def scenario() -> None:
@@ -205,7 +205,7 @@ def test_departed_clients_do_not_compute_and_free_their_room(device: DeviceThrea
     asyncio.run(scenario())
 
 
-def test_only_the_culprit_of_a_failed_batch_fails(device: DeviceThread) -> None:
+def test_only_the_culprit_of_a_failed_batch_fails(device: Device) -> None:
     fake = Doubler()
 
     async def scenario() -> None:
@@ -231,7 +231,7 @@ def test_only_the_culprit_of_a_failed_batch_fails(device: DeviceThread) -> None:
     asyncio.run(scenario())
 
 
-def test_the_rest_of_a_split_request_does_not_run_after_its_failure(device: DeviceThread) -> None:
+def test_the_rest_of_a_split_request_does_not_run_after_its_failure(device: Device) -> None:
     fake = Doubler(largest=2)
 
     async def scenario() -> None:
@@ -246,7 +246,7 @@ def test_the_rest_of_a_split_request_does_not_run_after_its_failure(device: Devi
     asyncio.run(scenario())
 
 
-def test_outputs_without_a_row_for_each_row_are_a_failure(device: DeviceThread) -> None:
+def test_outputs_without_a_row_for_each_row_are_a_failure(device: Device) -> None:
     fake = Doubler()
     fake.run = lambda batch: (batch[0].sum(),)  # type: ignore[method-assign]
 
@@ -272,7 +272,7 @@ def test_outputs_without_a_row_for_each_row_are_a_failure(device: DeviceThread) 
     ],
 )
 def test_wrong_shapes_and_types_never_reach_the_device(
-    device: DeviceThread, wrong: torch.Tensor | np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+    device: Device, wrong: torch.Tensor | np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 ) -> None:
     fake = Doubler()
 
@@ -294,7 +294,7 @@ def several() -> Prepared:
 
 
 def test_several_inputs_go_by_order_or_name_and_nobody_is_mixed_up(
-    device: DeviceThread, several: Prepared
+    device: Device, several: Prepared
 ) -> None:
     async def scenario() -> None:
         batcher = Batcher(several, device)
@@ -312,9 +312,7 @@ def test_several_inputs_go_by_order_or_name_and_nobody_is_mixed_up(
     asyncio.run(scenario())
 
 
-def test_several_inputs_that_do_not_fit_are_refused(
-    device: DeviceThread, several: Prepared
-) -> None:
+def test_several_inputs_that_do_not_fit_are_refused(device: Device, several: Prepared) -> None:
     x, y = pair.rows(1, 2)
 
     async def scenario() -> None:
@@ -336,7 +334,7 @@ def test_several_inputs_that_do_not_fit_are_refused(
     asyncio.run(scenario())
 
 
-def test_read_only_and_strided_arrays_are_accepted(device: DeviceThread) -> None:
+def test_read_only_and_strided_arrays_are_accepted(device: Device) -> None:
     read_only = np.frombuffer(np.full((2, 3), 5, np.float32).tobytes(), np.float32).reshape(2, 3)
     strided = np.repeat(np.array([[1], [2]], np.float32), 3, 1)[::-1]
 
@@ -349,7 +347,7 @@ def test_read_only_and_strided_arrays_are_accepted(device: DeviceThread) -> None
     asyncio.run(scenario())
 
 
-def test_closing_answers_what_waits_and_refuses_what_comes(device: DeviceThread) -> None:
+def test_closing_answers_what_waits_and_refuses_what_comes(device: Device) -> None:
     fake = Doubler(largest=2)
 
     async def scenario() -> None:
@@ -370,7 +368,7 @@ def test_closing_answers_what_waits_and_refuses_what_comes(device: DeviceThread)
     asyncio.run(scenario())
 
 
-def test_closing_without_draining_fails_what_waits_but_not_what_runs(device: DeviceThread) -> None:
+def test_closing_without_draining_fails_what_waits_but_not_what_runs(device: Device) -> None:
     fake = Doubler()
 
     async def scenario() -> None:
@@ -392,7 +390,7 @@ def test_closing_without_draining_fails_what_waits_but_not_what_runs(device: Dev
 
 def test_a_device_closed_too_early_leaves_nobody_hanging() -> None:
     fake = Doubler(largest=1)
-    device = DeviceThread("cpu", threads=1)
+    device = Device("cpu", threads=1)
 
     async def scenario() -> None:
         batcher = Batcher(fake, device)
@@ -412,7 +410,7 @@ def test_a_device_closed_too_early_leaves_nobody_hanging() -> None:
     asyncio.run(scenario())
 
 
-def test_two_models_take_turns_on_one_device(device: DeviceThread) -> None:
+def test_two_models_take_turns_on_one_device(device: Device) -> None:
     order: list[str] = []
 
     def recording(name: str) -> Doubler:
@@ -443,7 +441,7 @@ def test_two_models_take_turns_on_one_device(device: DeviceThread) -> None:
     assert order == ["one", "two"] * 4 + ["one"]
 
 
-def test_a_full_queue_refuses_before_anything_is_read_or_decoded(device: DeviceThread) -> None:
+def test_a_full_queue_refuses_before_anything_is_read_or_decoded(device: Device) -> None:
     fake = Doubler(largest=4)
 
     async def scenario() -> None:

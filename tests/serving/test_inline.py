@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from service.errors import BackendFailed, NotLoaded
-from service.serving import Batcher, BatchLimits, Description, DeviceThread, Result
+from service.serving import Batcher, BatchLimits, Description, Device, Result
 
 from .fakes import POISON, Doubler, is_own, rows
 
@@ -19,8 +19,8 @@ DEVICE = "device cpu"
 
 
 @pytest.fixture
-def device() -> Iterator[DeviceThread]:
-    thread = DeviceThread("cpu", threads=1)
+def device() -> Iterator[Device]:
+    thread = Device("cpu", threads=1)
     yield thread
     thread.close()
 
@@ -41,7 +41,7 @@ class Located(Doubler):
         return replace(super().describe(), **self.about)  # type: ignore[arg-type]
 
 
-async def _known(device: DeviceThread, batcher: Batcher, *sizes: int) -> None:
+async def _known(device: Device, batcher: Batcher, *sizes: int) -> None:
     """Let the batcher learn how long batches of these sizes take; the device is idle then."""
     for size in sizes:
         await batcher.submit(rows(*range(size)))
@@ -49,7 +49,7 @@ async def _known(device: DeviceThread, batcher: Batcher, *sizes: int) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_a_lone_request_runs_on_the_loop_once_its_time_is_known(device: DeviceThread) -> None:
+def test_a_lone_request_runs_on_the_loop_once_its_time_is_known(device: Device) -> None:
     fake = Located()
 
     async def scenario() -> None:
@@ -80,7 +80,7 @@ def test_a_lone_request_runs_on_the_loop_once_its_time_is_known(device: DeviceTh
     ids=["never", "too slow", "not on a CPU", "on several threads"],
 )
 def test_what_must_not_stays_on_the_device(
-    device: DeviceThread, limits: BatchLimits, about: dict[str, object]
+    device: Device, limits: BatchLimits, about: dict[str, object]
 ) -> None:
     fake = Located(**about)
 
@@ -93,7 +93,7 @@ def test_what_must_not_stays_on_the_device(
     assert fake.places == [DEVICE] * 3
 
 
-def test_who_comes_in_the_same_moment_shares_the_batch(device: DeviceThread) -> None:
+def test_who_comes_in_the_same_moment_shares_the_batch(device: Device) -> None:
     fake = Located()
 
     async def scenario() -> None:
@@ -108,7 +108,7 @@ def test_who_comes_in_the_same_moment_shares_the_batch(device: DeviceThread) -> 
     assert fake.places[2:] == ["loop"]
 
 
-def test_a_busy_device_is_not_overtaken(device: DeviceThread) -> None:
+def test_a_busy_device_is_not_overtaken(device: Device) -> None:
     fake, other = Located(), threading.Event()
 
     async def scenario() -> None:
@@ -128,7 +128,7 @@ def test_a_busy_device_is_not_overtaken(device: DeviceThread) -> None:
     assert fake.places == [DEVICE, DEVICE]
 
 
-def test_only_the_culprit_fails_there_too(device: DeviceThread) -> None:
+def test_only_the_culprit_fails_there_too(device: Device) -> None:
     fake = Located()
 
     async def scenario() -> None:
@@ -148,7 +148,7 @@ def test_only_the_culprit_fails_there_too(device: DeviceThread) -> None:
     assert set(fake.places[2:]) == {"loop"}
 
 
-def test_who_leaves_before_it_runs_does_not_compute(device: DeviceThread) -> None:
+def test_who_leaves_before_it_runs_does_not_compute(device: Device) -> None:
     fake = Located()
 
     async def scenario() -> None:
@@ -168,7 +168,7 @@ def test_who_leaves_before_it_runs_does_not_compute(device: DeviceThread) -> Non
     assert [7] not in fake.runs
 
 
-def test_closing_answers_who_came_just_before(device: DeviceThread) -> None:
+def test_closing_answers_who_came_just_before(device: Device) -> None:
     fake = Located()
 
     async def scenario() -> None:
@@ -186,7 +186,7 @@ def test_closing_answers_who_came_just_before(device: DeviceThread) -> None:
 
 def test_a_closed_device_leaves_nobody_hanging() -> None:
     fake = Located()
-    device = DeviceThread("cpu", threads=1)
+    device = Device("cpu", threads=1)
 
     async def scenario() -> None:
         batcher = Batcher(fake, device, QUICK)

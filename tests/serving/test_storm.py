@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from service.errors import BackendFailed, DeadlineExceeded, QueueFull
-from service.serving import Batcher, BatchLimits, DeviceThread
+from service.serving import Batcher, BatchLimits, Device
 
 from .fakes import POISON, Doubler, is_own, rows
 
@@ -20,8 +20,8 @@ ROOM = 40  # rows; a storm of 150 requests brings about 500
 
 
 @pytest.fixture
-def device() -> Iterator[DeviceThread]:
-    thread = DeviceThread("cpu", threads=1)
+def device() -> Iterator[Device]:
+    thread = Device("cpu", threads=3)
     yield thread
     thread.close()
 
@@ -69,7 +69,7 @@ def plans(seed: int, requests: int) -> list[Plan]:
 
 
 async def _storm(
-    fake: Doubler, device: DeviceThread, planned: list[Plan], limits: BatchLimits
+    fake: Doubler, device: Device, planned: list[Plan], limits: BatchLimits
 ) -> list[str]:
     """What happened to each caller."""
     batcher = Batcher(fake, device, limits)
@@ -114,25 +114,32 @@ def _wrong(planned: list[Plan], outcomes: list[str], also: frozenset[str] = froz
     ]
 
 
-@pytest.mark.parametrize("inline_seconds", [0.0, 0.05], ids=["on its thread", "on the loop"])
+@pytest.mark.parametrize(
+    ("inline_seconds", "streams"),
+    [(0.0, 0), (0.05, 0), (0.0, 3)],
+    ids=["on its thread", "on the loop", "on three threads"],
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_where_there_is_room_every_calm_caller_is_answered_whatever_the_others_do(
-    device: DeviceThread, seed: int, inline_seconds: float
+    device: Device, seed: int, inline_seconds: float, streams: int
 ) -> None:
     planned = plans(seed, 150)
     room = sum(len(plan.values) for plan in planned)
     dice = random.Random(1000 + seed)
-    fake = Doubler(largest=8, pause=lambda: dice.random() * 0.001)
+    fake = Doubler(largest=8, pause=lambda: dice.random() * 0.001, streams=streams, stream_rows=2)
     outcomes = asyncio.run(
         _storm(fake, device, planned, BatchLimits(room, SECONDS, inline_seconds))
     )
     assert not _wrong(planned, outcomes)
     calm = sum(plan.calm for plan in planned)
     assert outcomes.count("answered") >= calm > 80
+    assert fake.alone
+    assert fake.beside <= streams
+    assert (fake.beside > 1) == (streams > 1)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_where_there_is_not_the_others_are_refused_at_once(device: DeviceThread, seed: int) -> None:
+def test_where_there_is_not_the_others_are_refused_at_once(device: Device, seed: int) -> None:
     planned = plans(seed, 150)
     fake = Doubler(largest=8)
     fake.gate.clear()  # held up until everyone has come, so that the queue must overflow
@@ -148,19 +155,26 @@ def test_where_there_is_not_the_others_are_refused_at_once(device: DeviceThread,
 
 
 @pytest.mark.soak(share=0.015)
-def test_thousands_of_interleavings(device: DeviceThread) -> None:
+def test_thousands_of_interleavings(device: Device) -> None:
     for seed in range(100, 200):
         planned = plans(seed, 400)
         dice = random.Random(1000 + seed)
-        fake = Doubler(largest=1 + seed % 16, pause=lambda dice=dice: dice.random() * 0.001)
+        fake = Doubler(
+            largest=1 + seed % 16,
+            pause=lambda dice=dice: dice.random() * 0.001,
+            streams=seed % 4,
+            stream_rows=1 + seed % 3,
+        )
         limits = BatchLimits(ROOM, SECONDS, inline_seconds=seed % 2 * 0.05)
         outcomes = asyncio.run(_storm(fake, device, planned, limits))
         assert not _wrong(planned, outcomes, also=frozenset({"queue_full"}))
+        assert fake.alone
 
 
-def test_the_check_notices_rows_that_are_mixed_up(device: DeviceThread) -> None:
+@pytest.mark.parametrize("streams", [0, 2])
+def test_the_check_notices_rows_that_are_mixed_up(device: Device, streams: int) -> None:
     planned = plans(1, 150)
-    fake = Doubler(largest=8, mix_rows=True)
+    fake = Doubler(largest=8, mix_rows=True, streams=streams, stream_rows=4)
     outcomes = asyncio.run(_storm(fake, device, planned, BatchLimits(1 << 20, SECONDS)))
     assert "wrong rows" in outcomes
     assert _wrong(planned, outcomes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from service.errors import BackendFailed, CertificateFailed, InvalidConfig
 from service.graph import Program
 from service.serving.backends.accuracy import Accuracy, measure_accuracy, worst
-from service.serving.backends.base import Backend, Description, Precision, Prepared
+from service.serving.backends.base import Backend, Description, Precision, Prepared, Streams
 from service.serving.backends.choices import Choice, Choices, choice_key
 from service.serving.backends.rows import checked_sizes, random_rows, signature
 
@@ -168,6 +168,11 @@ class _Auto:
         if self._reference is not None and self._reference is not self._chosen:
             self._reference.close()
         self._reference = None
+
+    @property
+    def streams(self) -> Streams | None:
+        """Those of the engine that was chosen."""
+        return self._chosen.streams
 
     def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Outputs for a batch of at most the largest prepared size."""

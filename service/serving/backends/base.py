@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -50,11 +50,26 @@ class Description:
         }
 
 
+@dataclass(frozen=True)
+class Streams:
+    """A way to run several batches at once, with one CPU thread each.
+
+    `run` is like `Prepared.run`, may be called by any thread, and by up to `count` at once; never
+    while `Prepared.run` runs. `rows` is the smallest batch that computes as many rows a second as a
+    larger one does: taking more only makes the first of them wait for the last.
+    """
+
+    count: int
+    rows: int
+    run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
 class Prepared(Protocol):
-    """A program on its device; made by any thread, then warmed and used by one alone.
+    """A program on its device; made by any thread, then warmed and used by one at a time.
 
     `inputs` and `outputs` say name, shape and dtype of one row of each. `batch_sizes` ascend; `run`
-    takes any number of rows up to the last of them.
+    takes any number of rows up to the last of them. `streams` are known once it is warm; None where
+    a run needs the device to itself. With streams, any thread may call `run`.
     """
 
     @property
@@ -65,6 +80,9 @@ class Prepared(Protocol):
 
     @property
     def batch_sizes(self) -> tuple[int, ...]: ...
+
+    @property
+    def streams(self) -> Streams | None: ...
 
     def warm(self) -> Iterator[None]:
         """Make it ready, in steps short enough that other programs can run in between.

@@ -5,6 +5,9 @@ no thread ever waits for another inside the network, which costs nothing on a qu
 times the latency at batch 8 on 2 cores) and gains under contention (1.2 to 1.6 times as fast at
 batch 8 and 2 there). A small network gains nothing from a second thread at all. So the ways are
 measured: every core together, one piece a core, or one thread alone.
+
+Where one piece a core is the fastest, the pieces need not belong to one batch: each core is a
+stream of its own. How many rows a stream should take at once is measured too, and mostly one.
 """
 
 from __future__ import annotations
@@ -14,21 +17,24 @@ from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from service.errors import BackendFailed
 from service.graph import Program
 from service.graph.exported import to_exported
-from service.serving.backends.base import Description, Precision, Prepared
+from service.serving.backends.base import Description, Precision, Prepared, Streams
 from service.serving.backends.choices import Choices, choice_key
 from service.serving.backends.machine import cpu_name
 from service.serving.backends.quantise import quantised
 from service.serving.backends.rows import (
     checked_sizes,
     first_line,
+    powers_of_two,
     random_rows,
     signature,
     warm_up,
@@ -36,6 +42,8 @@ from service.serving.backends.rows import (
 from service.serving.backends.torch_cpu import MEASURED_ROWS, THREADS_MARGIN
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
+PIECES_MARGIN = 0.05
+"""How much slower than the fastest fewer rows at once may be, because they answer sooner."""
 
 
 def is_installed() -> bool:
@@ -108,6 +116,7 @@ class _OpenVino:
         self._together: Any = None
         self._apart: list[Any] = []
         self._few = self._many = "together"
+        self.streams: Streams | None = None
 
     def warm(self) -> Iterator[None]:
         """Compile for this thread's number of CPU threads, choose how to use them, then run every
@@ -148,7 +157,7 @@ class _OpenVino:
         )
 
     def close(self) -> None:
-        self._model = self._together = self._program = None
+        self._model = self._together = self._program = self.streams = None
         self._apart = []
 
     def _choose_ways(self, program: Program) -> Iterator[None]:
@@ -161,6 +170,8 @@ class _OpenVino:
                 program, "many", ways, max(self._threads, min(MEASURED_ROWS, largest))
             )
         used = {self._few, self._many}
+        if self._many == "apart":
+            self.streams = yield from self._streams(program)
         if "together" not in used:
             self._together = None
         if used == {"together"}:
@@ -182,6 +193,37 @@ class _OpenVino:
             if way != ways[0]
         )
         return choice.name
+
+    def _streams(self, program: Program) -> Generator[None, None, Streams]:
+        """Every core a stream, and the fewest rows at which it loses nothing."""
+        free: SimpleQueue[Any] = SimpleQueue()
+        for request in self._apart:
+            free.put(request)
+
+        def run(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            request = free.get()
+            try:
+                self._give(request, [column.contiguous() for column in batch])
+                request.infer(share_outputs=True)
+                return self._answers([request])
+            finally:
+                free.put(request)
+
+        def in_pieces(batch: tuple[Tensor, ...], rows: int) -> None:
+            for piece in zip(*(torch.split(column, rows) for column in batch), strict=True):
+                run(piece)
+
+        sizes = powers_of_two(min(MEASURED_ROWS, self.batch_sizes[-1]))
+        choice = yield from self._choices.choose(
+            choice_key("openvino rows", program, self._threads, self._precision, sizes),
+            {str(rows): partial(in_pieces, rows=rows) for rows in sizes},
+            [random_rows(self.inputs, sizes[-1])],
+        )
+        best = min(choice.relative.values())
+        enough = best * (1 + PIECES_MARGIN)
+        rows = min(int(rows) for rows, share in choice.relative.items() if share <= enough)
+        self._notes += (f"{len(self._apart)} streams, {rows} rows at a time",)
+        return Streams(len(self._apart), rows, run)
 
     def _run(self, batch: tuple[Tensor, ...], way: str) -> tuple[Tensor, ...]:
         if self._together is None and not self._apart:
@@ -224,8 +266,8 @@ class _OpenVino:
         """The requests' outputs joined by rows; copied, because a request reuses its memory."""
         joined = []
         for index, spec in enumerate(self.outputs):
-            parts = [torch.from_numpy(r.get_output_tensor(index).data) for r in requests]
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+            parts = [request.get_output_tensor(index).data for request in requests]
+            whole = torch.from_numpy(np.concatenate(parts))
             joined.append(whole.to(spec.dtype))  # it has no type of its own for truth values
         return tuple(joined)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from service.errors import BackendFailed
 from service.graph import Program, ProgramModule
-from service.serving.backends.base import Description, Precision
+from service.serving.backends.base import Description, Precision, Streams
 from service.serving.backends.choices import Choices, choice_key
 from service.serving.backends.machine import cpu_name
 from service.serving.backends.prepacked import PrepackedModule
@@ -66,6 +66,7 @@ class TorchCpu:
         rows = signature(program)
         self.inputs, self.outputs = rows.inputs, rows.outputs
         self.batch_sizes = checked_sizes(batch_sizes)
+        self.streams: Streams | None = None
         self._precision = precision
         self._dtypes = [computing_dtype(spec, precision) for spec in self.inputs]
         self._choices = choices or Choices()

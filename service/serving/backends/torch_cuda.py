@@ -13,7 +13,7 @@ from torch import Tensor
 
 from service.errors import BackendFailed
 from service.graph import Program, ProgramModule
-from service.serving.backends.base import Description, Precision
+from service.serving.backends.base import Description, Precision, Streams
 from service.serving.backends.rows import (
     as_outputs,
     checked_sizes,
@@ -61,6 +61,7 @@ class TorchCuda:
         rows = signature(program)
         self.inputs, self.outputs = rows.inputs, rows.outputs
         self.batch_sizes = checked_sizes(batch_sizes)
+        self.streams: Streams | None = None
         self._device = torch.device(device)
         self._precision = precision
         self._dtypes = [computing_dtype(spec, precision) for spec in self.inputs]
