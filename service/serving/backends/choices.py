@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -75,13 +76,14 @@ class Choices:
         candidates: Mapping[str, Callable[[Batch], object]],
         batches: Sequence[Batch],
         margin: float = 0.02,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> Generator[None, None, Choice]:
         """The choice under `key`, measured with `fastest` unless it is known."""
         known = self.get(key)
         if known is not None and known.name in candidates:
             return known
         name, relative = yield from fastest(
-            candidates, batches, margin=margin, budget_seconds=BUDGET_SECONDS
+            candidates, batches, margin=margin, budget_seconds=BUDGET_SECONDS, clock=clock
         )
         choice = Choice(name, {other: round(value, 4) for other, value in relative.items()})
         self.put(key, choice)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -138,6 +139,33 @@ def test_every_way_to_use_the_threads_gives_the_same_rows(program: Program, way:
     alone = torch.cat([prepared.run((row[None],))[0] for row in batch])
     torch.testing.assert_close(prepared.run((batch,))[0], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(prepared.run((batch.flip(0),))[0], alone)
+
+
+def test_streams_run_beside_each_other_and_give_the_same_rows(program: Program) -> None:
+    prepared = OpenVinoBackend(_Always("apart")).prepare(program, "cpu", "float32", (1, 6))
+    assert prepared.streams is None, "not known before it is warm"
+    list(prepared.warm())
+    streams = prepared.streams
+    assert streams is not None
+    assert (streams.count, streams.rows in (1, 2, 4, 6)) == (2, True)
+    batches = [torch.randn(3, 3, 10, 10) for _ in range(40)]
+    expected = [prepared.run((batch,))[0] for batch in batches]
+    with ThreadPoolExecutor(4) as pool:  # more than there are streams: the others wait
+        found = [out[0] for out in pool.map(lambda batch: streams.run((batch,)), batches)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], expected[1])
+    prepared.close()
+    assert prepared.streams is None
+
+
+@pytest.mark.parametrize("way", ["together", "alone"])
+def test_there_are_streams_only_where_one_piece_a_core_is_the_fastest(
+    program: Program, way: str
+) -> None:
+    prepared = OpenVinoBackend(_Always(way)).prepare(program, "cpu", "float32", (1, 6))
+    list(prepared.warm())
+    assert prepared.streams is None
 
 
 class _Always(Choices):
