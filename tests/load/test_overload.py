@@ -33,7 +33,7 @@ class Promise:
     growth_bytes: float
 
 
-FAST = Promise(0.4, 0.25, 2.0, 40 * MIB)
+FAST = Promise(0.25, 0.25, 2.0, 40 * MIB)
 LONG = Promise(0.9, 0.010, 0.100, 8 * MIB)
 
 
