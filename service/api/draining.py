@@ -22,7 +22,7 @@ class DrainingServer(uvicorn.Server):
         """
         for sock in sockets or []:
             sock.setblocking(False)
-            while (accepted := accept(sock)) is not None:
+            while (accepted := _accept(sock)) is not None:
                 await self.connect(accepted)
         for server in self.servers:
             server.close()
@@ -42,7 +42,7 @@ class DrainingServer(uvicorn.Server):
         return protocol
 
 
-def accept(sock: socket.socket) -> socket.socket | None:
+def _accept(sock: socket.socket) -> socket.socket | None:
     """The next connection that waits, if any."""
     try:
         return sock.accept()[0]

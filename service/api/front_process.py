@@ -24,7 +24,7 @@ from typing import Final
 import uvicorn
 
 from service.api.connection import ConnectionLimits, limited
-from service.api.draining import DrainingServer, accept
+from service.api.draining import DrainingServer
 from service.api.logs import configure
 from service.relay import memory, wire
 from service.relay.front import Aborted, Front
@@ -44,6 +44,7 @@ SETTINGS: Final = (
 )
 """The settings that an HTTP process is given; it is to know no secret."""
 _OTHERS_FIRST_SECONDS: Final = 0.005
+_NOTHING_LEFT_SECONDS: Final = 0.5
 
 
 def uvicorn_config(
@@ -109,16 +110,25 @@ class _FrontServer(DrainingServer):
     def _accept(self, sock: socket.socket) -> None:
         if self._is_ahead() and not self._has_waited:
             self._has_waited = True
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(sock)
-            loop.call_later(_OTHERS_FIRST_SECONDS, self._listen, sock)
+            self._pause(sock, _OTHERS_FIRST_SECONDS)
             return
         self._has_waited = False
-        if (accepted := accept(sock)) is not None:
-            accepted.setblocking(False)
-            task = asyncio.ensure_future(self.connect(accepted))
-            self._connecting.add(task)
-            task.add_done_callback(self._connecting.discard)
+        try:
+            accepted, _ = sock.accept()
+        except BlockingIOError:
+            return  # another process was faster
+        except OSError:  # no descriptor is left: asking again at once would be all that it does
+            self._pause(sock, _NOTHING_LEFT_SECONDS)
+            return
+        accepted.setblocking(False)
+        task = asyncio.ensure_future(self.connect(accepted))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    def _pause(self, sock: socket.socket, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(sock)
+        loop.call_later(seconds, self._listen, sock)
 
 
 def _said_already(record: logging.LogRecord) -> bool:

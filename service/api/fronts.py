@@ -121,10 +121,12 @@ class Fronts:
             "settings": {name: getattr(settings, name) for name in SETTINGS},
         }
         environment = {k: v for k, v in os.environ.items() if not k.upper().startswith(_SECRET)}
+        # The modules are found where this process found them, and not in the working directory.
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         try:
             popen = await asyncio.to_thread(
                 subprocess.Popen,
-                [sys.executable, "-m", "service.api.front_process", json.dumps(given)],
+                [sys.executable, "-P", "-m", "service.api.front_process", json.dumps(given)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 pass_fds=(self._listening.fileno(), there.fileno(), shared, self._counted),

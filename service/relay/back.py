@@ -23,6 +23,8 @@ memory as bodies. Without that call bodies are `bytes`, as the standard says."""
 _WINDOW_BYTES: Final = 1 << 20
 """How much of an answer may be on its way to a client that does not take it."""
 
+_OF_A_REQUEST: Final = frozenset({wire.DATA, wire.DATA_END, wire.GONE, wire.TAKEN})
+
 log = logging.getLogger(__name__)
 
 
@@ -67,16 +69,16 @@ class Back(Link):
             view = self._view(block, first, size)  # freed when it is dropped, here too
             if exchange is not None:
                 exchange.arrive(view, more)
+        elif kind not in _OF_A_REQUEST:
+            raise ValueError(f"a frame of the kind {kind}")
         elif exchange is None:
             pass  # the application has ended
         elif kind in (wire.DATA, wire.DATA_END):
             exchange.arrive(payload, kind == wire.DATA)
         elif kind == wire.GONE:
             exchange.leave()
-        elif kind == wire.TAKEN:
-            exchange.taken(wire.COUNT.unpack(payload)[0])
         else:
-            raise ValueError(f"a frame of the kind {kind}")
+            exchange.taken(wire.COUNT.unpack(payload)[0])
 
     def connection_lost(self, error: Exception | None) -> None:
         for exchange in self._open.values():
