@@ -24,6 +24,7 @@ from tests.api.test_events import read
 from tests.api.v2.conftest import address
 from tests.api.v2.test_infer import given, is_right
 from tests.machines import small
+from tests.machines.test_drain import Load
 from tests.running import RunningServer, eventually, running
 
 TWO = {"FOLDSERVE_HTTP_PROCESSES": "2", "FOLDSERVE_MAX_BODY_BYTES": "20000000"}
@@ -181,36 +182,14 @@ def test_nothing_accepted_is_lost_when_the_service_ends(tmp_path: Path) -> None:
     with running(tmp_path / "data", TWO) as server:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             assert small.upload(client, "net", 1, wait=True).status_code == 201
-        lost: list[str] = []
-        answered = [0] * 8
-
-        def ask(number: int) -> None:
-            with httpx.Client(base_url=server.url, timeout=30) as client:
-                while True:
-                    try:
-                        answer = small.predict(client, "net")
-                    except httpx.ConnectError:
-                        return  # never accepted
-                    except httpx.TransportError as error:
-                        lost.append(repr(error))
-                        return
-                    if answer.status_code != 200:
-                        lost.append(answer.text)
-                    answered[number] += 1
-                    if answer.headers.get("connection") == "close":
-                        return
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        eventually(lambda: min(answered) >= 3, "load")
+        load = Load(server.url)
+        eventually(lambda: load.answered >= 24, "load")
         begun = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join(30)
+        load.join()
         assert server.process.wait(30) == 0
         assert time.monotonic() - begun < 30
-        assert lost == []
+        assert load.lost == []
 
 
 def test_a_system_that_cannot_share_memory_refuses(
