@@ -72,7 +72,6 @@ class Front(Link):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         number, exchange = next(self._numbers), _Exchange()
         self._open[number] = exchange
-        self.write(wire.OPEN, number, wire.pack_scope(scope))
         forwarding = asyncio.ensure_future(self._forward(number, exchange, scope, receive))
         try:
             await self._answer(number, exchange, send)
@@ -103,7 +102,11 @@ class Front(Link):
                 unacknowledged = 0
 
     async def _forward(self, number: int, exchange: _Exchange, scope: Any, receive: Any) -> None:
-        """Pass the body on, then watch for the client's departure."""
+        """Pass head and body on, then watch for the client's departure.
+
+        A small body is here already, and leaves in the same write: the back wakes once.
+        """
+        self.write(wire.OPEN, number, wire.pack_scope(scope))
         try:
             headers = dict(scope["headers"])
             if b"expect" in headers:  # the first `receive` tells the client to go on
