@@ -562,6 +562,19 @@ class NotLoaded(ServingError):
     remedy = "Wait until /health/ready answers 200."
 
 
+_OUT_OF_MEMORY = ("allocate memory", "enough memory", "bad_alloc", "start new thread")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this says that the process ran out of memory, and so nothing of what it was reading.
+
+    PyTorch has no type of its own for it: its allocator raises a RuntimeError. A thread that cannot
+    be started lacks the memory for its stack.
+    """
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+
+
 def all_kinds(root: type[FoldserveError] = FoldserveError) -> Iterator[type[FoldserveError]]:
     """Every class of the tree below and including `root`, parents first."""
     yield root

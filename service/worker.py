@@ -28,10 +28,12 @@ from service.checkpoint.launch import start_fork_server
 from service.errors import (
     Conflict,
     ConversionCrashed,
+    ConversionOutOfMemory,
     FoldserveError,
     ModelNotFound,
     StoreError,
     VersionNotFound,
+    out_of_memory,
 )
 from service.networks import ModelConfig
 from service.serving import Tallied, Tally
@@ -321,6 +323,8 @@ class Worker:
 def _as_refusal(error: Exception) -> FoldserveError:
     if isinstance(error, FoldserveError):
         return error
+    if out_of_memory(error):
+        return ConversionOutOfMemory("There is not enough memory to load it.")
     return ConversionCrashed(f"{type(error).__name__}: {error}")
 
 

@@ -32,6 +32,7 @@ from service.errors import (
     ConversionTimeout,
     FoldserveError,
     StorageFull,
+    out_of_memory,
 )
 
 Progress = Callable[[dict[str, Any]], None]
@@ -46,7 +47,6 @@ _MAX_MESSAGES = 10_000
 _STDERR = 2
 _PATIENCE = 5
 _DISK_FULL = ("no space left on device", "disk quota exceeded")
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ def _answer(
         return {"error": _jsonable(error)}
     except Exception as error:
         text = str(error)
-        if isinstance(error, MemoryError) or any(m in text.lower() for m in _OUT_OF_MEMORY):
+        if out_of_memory(error):
             kind: type[FoldserveError] = ConversionOutOfMemory
             text = f"The conversion needed more than {limits.memory_bytes} bytes of memory."
         elif any(message in text.lower() for message in _DISK_FULL):

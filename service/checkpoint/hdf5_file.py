@@ -31,6 +31,7 @@ from service.errors import (
     PolyglotFile,
     TensorOutOfRange,
     UnsupportedContainer,
+    out_of_memory,
 )
 
 _MAX_DEPTH = 16
@@ -76,9 +77,11 @@ def read_hdf5(path: Path, limits: ReadLimits) -> dict[str, Tensor]:
                     AliasBomb,
                 )
             return _tensors(found)
-    except (FoldserveError, MemoryError):
+    except FoldserveError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         first = str(error).strip().split("\n", 1)[0][:200]
         raise NotACheckpoint(f"The HDF5 library refuses the file: {first}") from None
 

@@ -26,6 +26,7 @@ from service.errors import (
     TensorOutOfRange,
     TruncatedFile,
     UnsupportedContainer,
+    out_of_memory,
 )
 
 BUNDLE_KEY = "foldserve.program"
@@ -52,6 +53,8 @@ def read_safetensors(path: Path, limits: ReadLimits) -> tuple[dict[str, Tensor],
     try:
         return load_file(path, device="cpu"), BUNDLE_KEY in metadata
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise NotACheckpoint(f"The safetensors file is malformed: {str(error)[:200]}.") from None
 
 

@@ -23,6 +23,7 @@ from service.errors import (
     TensorOutOfRange,
     TruncatedFile,
     UnsupportedContainer,
+    out_of_memory,
 )
 
 _LEGACY_PICKLES_BEFORE = 3  # magic number, protocol version, system facts
@@ -148,8 +149,8 @@ def _load(path: Path, *, mapped: bool) -> Any:
         with open(path, "rb") as file, torch.serialization.safe_globals(_STAND_INS):
             source = path if mapped else file
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except MemoryError:
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         first = str(error).strip().split("\n", 1)[0][:200]
         raise NotACheckpoint(f"torch.load refuses the file: {first}") from None

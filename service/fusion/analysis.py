@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from service.errors import FusionError
+from service.errors import FusionError, out_of_memory
 from service.fusion import affine
 from service.fusion.affine import Form, Inexact, Layout
 from service.fusion.constants import Constants
@@ -50,6 +50,8 @@ def analyse(program: Program) -> Analysis:
         try:
             interpreted = _interpret(Call(node, constants, specs), forms)
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise FusionError(f"{node.op} at {node.source or node.name}: {error}") from error
         if interpreted is None:
             continue

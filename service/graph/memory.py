@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.errors import InvalidProgram
+from service.errors import InvalidProgram, out_of_memory
 from service.graph.meta import evaluate
 from service.graph.operators import DTYPES
 from service.graph.program import Program
@@ -32,6 +32,8 @@ def peak_bytes(program: Program, batch: int) -> int:
         try:
             result = evaluate(node.op, node.args, values)
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise InvalidProgram(
                 f"Node {node.name!r} cannot run with a batch of {batch}: {error}"
             ) from error

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.errors import InvalidProgram, UnsupportedOperator
+from service.errors import InvalidProgram, UnsupportedOperator, out_of_memory
 from service.graph.build import (
     PASSING,
     Builder,
@@ -374,6 +374,8 @@ class _Translation:
         try:
             results = [evaluate(op, args, probe) for probe in self.probes]
         except Exception as error:
+            if out_of_memory(error):
+                raise
             first = str(error).strip().split("\n", 1)[0][:200]
             raise InvalidProgram(f"{op} does not fit its arguments: {first}") from None
         for value in results[0] if isinstance(results[0], (list, tuple)) else results[:1]:

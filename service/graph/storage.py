@@ -23,6 +23,7 @@ from service.errors import (
     LimitExceeded,
     NestingTooDeep,
     UnsupportedOperator,
+    out_of_memory,
 )
 from service.graph.meta import evaluate
 from service.graph.operators import ATEN, DTYPES, OPERATORS
@@ -245,9 +246,9 @@ def _check_shapes(program: Program) -> None:
     for node in program.nodes:
         try:
             result = evaluate(node.op, node.args, values)
-        except MemoryError:
-            raise  # says something of the process, nothing of the program
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise InvalidProgram(
                 f"Node {node.name!r} ({node.op}) does not fit its arguments: {error}"
             ) from error

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node as FxNode
 
-from service.errors import InvalidProgram, UnsupportedOperator
+from service.errors import InvalidProgram, UnsupportedOperator, out_of_memory
 from service.graph.build import (
     PASSING,
     Builder,
@@ -79,6 +79,8 @@ def trace(module: nn.Module, example: tuple[Tensor, ...]) -> Program:
                 module, inputs, dynamic_shapes=[{0: batch} for _ in inputs], strict=False
             )
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise InvalidProgram(
             f"torch.export could not trace the module: {_first_line(error)}",
             remedy="Remove control flow that depends on data and fixed batch sizes.",

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from service.errors import InvalidConfig
+from service.errors import InvalidConfig, out_of_memory
 
 PREFIX = "timm/"
 _NAME = re.compile(r"timm/[a-z0-9_]{1,80}(\.[a-z0-9_]{1,80})?")
@@ -53,6 +53,8 @@ def create(name: str, values: Mapping[str, Any]) -> nn.Module:
     try:
         network = library.create_model(name.removeprefix(PREFIX), pretrained=False, **values)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise _refused(f"timm does not build {name!r} with these values: {first}") from None
     if not isinstance(network, nn.Module):

@@ -25,6 +25,7 @@ from service.errors import (
     ShapeMismatch,
     UnexpectedKeys,
     UnknownArchitecture,
+    out_of_memory,
 )
 from service.networks import foreign
 from service.networks.base import deploy_skeleton
@@ -279,6 +280,8 @@ def _lay_out(family: Family, values: Values, *, requested: bool) -> nn.Module:
         with torch.device("meta"):
             return family.make(**values)
     except (TypeError, ValueError, KeyError, IndexError, RuntimeError, ArithmeticError) as error:
+        if out_of_memory(error):
+            raise
         kind = InvalidConfig if requested else ShapeMismatch
         raise kind(
             f"No {family.network} has the values {_brief(values)}: {error}.",

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from service.errors import InvalidProgram, LimitExceeded
-from service.graph import Node, Program, Ref, TensorSpec, peak_bytes, trace
+from service.graph import (
+    Node,
+    Program,
+    Ref,
+    TensorSpec,
+    load_program,
+    memory,
+    peak_bytes,
+    save_program,
+    storage,
+    trace,
+)
 from service.serving.runner import LoadOptions, _largest_batch
 
 pytestmark = pytest.mark.filterwarnings(
@@ -51,3 +64,30 @@ def test_batches_that_take_too_much_are_not_prepared() -> None:
     assert _largest_batch(program, LoadOptions(max_bytes=one)) == 1
     with pytest.raises(LimitExceeded, match="max_activation_bytes"):
         _largest_batch(program, LoadOptions(max_bytes=one - 1))
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (MemoryError(), MemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 64 bytes"), RuntimeError),
+        (RuntimeError("can't start new thread"), RuntimeError),
+        # The control: whatever else an operator raises is the program's fault.
+        (RuntimeError("The size of tensor a must match the size of tensor b"), InvalidProgram),
+    ],
+)
+def test_a_process_without_memory_says_nothing_of_the_program(
+    failure: Exception, raised: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = trace(Wide().eval(), (torch.zeros(2, 64),))
+    path = tmp_path / "wide.safetensors"
+    save_program(program, path)
+
+    def fail(*args: object) -> None:
+        raise failure
+
+    for module in (memory, storage):
+        monkeypatch.setattr(module, "evaluate", fail)
+    for read in (lambda: peak_bytes(program, 1), lambda: load_program(path)):
+        with pytest.raises(raised):
+            read()
