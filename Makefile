@@ -43,8 +43,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
 # Two processes, each with the files of its own: half of a test's time is waiting for a service.
+# The files stay in their order, for tests/conftest.py puts the slowest first.
 test: install-test
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install-test
 	$(VENV)/bin/ruff check .
