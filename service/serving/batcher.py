@@ -137,12 +137,12 @@ class Batcher:
             if self.fault is not None:
                 raise self._faulty()
             self._backlog.put(request)
-            if self._turns == most:
-                return
-            self._turns += 1
-        if self._is_quick(len(request)):
+            more = min(most - self._turns, len(request))
+            self._turns += more
+        if more and self._is_quick(len(request)):
             loop.call_soon(self._begin)
-        else:
+            return
+        for _ in range(more):
             self._schedule()
 
     def _begin(self) -> None:

@@ -63,7 +63,11 @@ def test_few_rows_get_all_cores_together_and_more_are_shared_out(device: Device)
         batcher = Batcher(fake, device)
         assert is_own(await batcher.submit(rows(1)), (1,))
         assert fake.beside == 0, "a lone row has the device to itself"
-        result = await batcher.submit(rows(*range(7)))
+        fake.gate.clear()
+        call = asyncio.create_task(batcher.submit(rows(*range(7))))
+        await _until(lambda: fake.beside == 2)
+        fake.gate.set()
+        result = await call
         assert is_own(result, tuple(range(7)))
         assert result.timing.batches == 4
         assert batcher.stats().batch_rows == {1: 2, 2: 3}
