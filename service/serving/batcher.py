@@ -35,6 +35,9 @@ Run = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 log = logging.getLogger(__name__)
 
+_PIECES = 4
+"""In about how many batches a stream takes its share of a long backlog."""
+
 
 class Batcher:
     """Serves one prepared program to many callers; made and used on an event loop.
@@ -186,7 +189,10 @@ class Batcher:
                 self._schedule()
 
     def _stream_turn(self, streams: Streams) -> None:
-        """This stream's share of what waits now, in small batches; few rows get all the cores."""
+        """This stream's share of what waits now, in small batches; few rows get all the cores.
+
+        A long backlog is taken in fewer, larger ones: its callers wait for the others anyway.
+        """
         waiting = min(self._backlog.rows, self._largest)
         if waiting < streams.count:
             with self._device.whole_if_free() as free:
@@ -194,8 +200,9 @@ class Batcher:
                     self._run_batch(waiting or 1, self.prepared.run)
                     return
         share = max(1, -(-waiting // streams.count))
+        rows = max(streams.rows, share // _PIECES)
         while share > 0:
-            ran = self._run_batch(min(share, streams.rows), streams.run)
+            ran = self._run_batch(min(share, rows), streams.run)
             if not ran:
                 return
             share -= ran

@@ -43,7 +43,7 @@ from service.serving.backends.rows import (
 from service.serving.backends.torch_cpu import MEASURED_ROWS, THREADS_MARGIN
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
-PIECES_MARGIN = 0.05
+PIECES_MARGIN = 0.1
 """How much slower than the fastest fewer rows at once may be, because they answer sooner."""
 
 
