@@ -70,9 +70,9 @@ def test_few_rows_get_all_cores_together_and_more_are_shared_out(device: Device)
         result = await call
         assert is_own(result, tuple(range(7)))
         assert result.timing.batches == 4
+        await batcher.close()
         assert batcher.stats().batch_rows == {1: 2, 2: 3}
         assert batcher.stats().running_rows == 0
-        await batcher.close()
 
     asyncio.run(scenario())
     assert fake.alone
