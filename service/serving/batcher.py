@@ -63,7 +63,8 @@ class Batcher:
         self._turns = 0
         """How many turns run or are posted: at most one for each stream."""
         self._closing = False
-        self._inline_seconds = self.limits.inline_seconds if _runs_anywhere(prepared) else 0.0
+        inline = self._streams is None and _runs_anywhere(prepared)
+        self._inline_seconds = self.limits.inline_seconds if inline else 0.0
         self.fault: Exception | None = None
         """Why the program is out of order: not even rows of our own could be run."""
 

@@ -241,7 +241,7 @@ def test_conversions_killed_at_any_moment_are_rejected_and_leave_nothing(
     check_kills(own_server, own, 5)
 
 
-@pytest.mark.soak(share=0.05)
+@pytest.mark.soak(share=0.06)
 def test_many_conversions_killed_at_any_moment(
     own_server: RunningServer, own: httpx.Client, budget: Budget, tell: Tell
 ) -> None:

@@ -104,7 +104,7 @@ def test_mutated_files_do_no_harm(reader: Reader, folder: Path) -> None:
     assert len(figures.codes) > 15, figures.codes
 
 
-@pytest.mark.soak(share=0.22)
+@pytest.mark.soak(share=0.15)
 def test_a_hundred_thousand_mutated_files_do_no_harm(
     tmp_path: Path, budget: Budget, tell: Tell
 ) -> None:

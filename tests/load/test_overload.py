@@ -107,7 +107,7 @@ def test_overload_is_shed(loaded: RunningServer) -> None:
     assert broken(FAST, peak, under, growth) == [], words(peak, under, growth)
 
 
-@pytest.mark.soak(share=0.085)
+@pytest.mark.soak(share=0.1)
 def test_overload_is_shed_for_a_minute(loaded: RunningServer, tell: Tell) -> None:
     subjects.upload(loaded, "heavy", subjects.heavy_checkpoint(), subjects.BUSY_CONFIG)
     peak, under, growth = overload(loaded, 60.0, "heavy")

@@ -116,8 +116,8 @@ def _wrong(planned: list[Plan], outcomes: list[str], also: frozenset[str] = froz
 
 @pytest.mark.parametrize(
     ("inline_seconds", "streams"),
-    [(0.0, 0), (0.05, 0), (0.0, 3)],
-    ids=["on its thread", "on the loop", "on three threads"],
+    [(0.0, 0), (0.05, 0), (0.0, 3), (0.05, 3)],
+    ids=["on its thread", "on the loop", "on three threads", "three, not the loop"],
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_where_there_is_room_every_calm_caller_is_answered_whatever_the_others_do(
