@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.api import tiny
+from tests.api.conftest import put_tiny
 from tests.api.problem import problem
 from tests.running import RunningServer, running
 
@@ -276,16 +277,20 @@ def test_memory_hardly_grows_while_half_a_gigabyte_arrives(tmp_path: Path, multi
         assert watch.growth < 64 * MIB, f"{watch.growth / MIB:.0f} MiB"
 
 
-def test_the_watch_sees_memory_that_grows(
-    http: httpx.Client, server: RunningServer, model: str
-) -> None:
+def test_the_watch_sees_memory_that_grows(tmp_path: Path) -> None:
+    """The control, on a server of its own too: one that was large before need not grow."""
     body = tiny.npy(tiny.rows(40_000))  # 123 MB, and a prediction holds its whole body
-    with _Watch(server) as watch:
-        answer = http.post(
-            f"/v1/models/{model}/predict", content=body, headers={"Content-Type": tiny.NPY}
-        )
-    problem(answer, 422, "bad_input")
-    assert watch.growth > 64 * MIB
+    with (
+        running(tmp_path / "data") as server,
+        httpx.Client(base_url=server.url, timeout=120) as http,
+    ):
+        put_tiny(http, "tiny")
+        with _Watch(server) as watch:
+            answer = http.post(
+                "/v1/models/tiny/predict", content=body, headers={"Content-Type": tiny.NPY}
+            )
+        problem(answer, 422, "bad_input")
+        assert watch.growth > 64 * MIB
 
 
 def refuse_oversized(http: httpx.Client, count: int) -> None:
