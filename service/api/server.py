@@ -74,6 +74,8 @@ class _FrontedServer(_Server):
 
     async def _serve_from(self, sockets: list[socket.socket]) -> None:
         await uvicorn.Server.startup(self, [])
+        if self.should_exit:  # the application could not start
+            return
         app, tasks = self.config.app, self.server_state.tasks
         self._fronts = Fronts(app, self._settings, sockets[0], tasks)
         try:

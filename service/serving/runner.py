@@ -132,12 +132,10 @@ async def start_runner(
 ) -> Runner:
     """Read and prepare a program off the loop, then warm it on its device, step by step.
 
-    The device serves other programs meanwhile and between the steps. Raises what `read` raises, and
-    BackendFailed when the program cannot run as `options` ask, and CertificateFailed when what runs
-    does not agree with the program.
     The device serves other programs meanwhile and between the steps. Raises what `read` raises,
-    LimitExceeded when a single row takes more than `options.max_bytes`, and BackendFailed when the
-    program cannot run as `options` ask.
+    LimitExceeded when a single row takes more than `options.max_bytes`, BackendFailed when the
+    program cannot run as `options` ask, and CertificateFailed when what runs does not agree with
+    the program.
     """
     started = time.monotonic()
     backend = backend_named(options.backend, choices, device.threads)
