@@ -7,7 +7,7 @@ batch 8 and 2 there). A small network gains nothing from a second thread at all.
 measured: every core together, one piece a core, or one thread alone.
 
 Where one piece a core is the fastest, the pieces need not belong to one batch: each core is a
-stream of its own. How many rows a stream should take at once is measured too, and mostly one.
+stream of its own. How many rows a stream should take at once is measured too: one or a few.
 """
 
 from __future__ import annotations
