@@ -136,13 +136,6 @@ ROWS = (
     _row("ACNet-CFQK", r"^conv[23]\.acb\.", _quick, acnet.CifarQuick, {"ACNet-CFQKBN": {}}),
     _row("ACNet-VGG", r"^stem\.conv[0-9]+\.acb\.", _vgg, acnet.CifarVGG, {"ACNet-VGG-16": {}}),
     _row(
-        "ACNet-WRN",
-        r"^stage[0-9]+\.block[0-9]+\.conv[12]\.bn\.",
-        _wide,
-        acnet.WideResNet,
-        {"ACNet-WRN-16-8": {}},
-    ),
-    _row(
         "ACNet-SResNet",
         r"^stage[0-9]+\.block[0-9]+\.conv3\.",
         _stage,
@@ -153,6 +146,14 @@ ROWS = (
             "ACNet-SResNet-152": {"num_blocks": [3, 8, 36, 3]},
         },
         size=224,
+    ),
+    # After the bottlenecks, whose plain 1x1 layers have the keys of its units.
+    _row(
+        "ACNet-WRN",
+        r"^stage[0-9]+\.block[0-9]+\.conv[12]\.bn\.",
+        _wide,
+        acnet.WideResNet,
+        {"ACNet-WRN-16-8": {}},
     ),
     _row(
         "ACNet-SRC",

@@ -51,11 +51,13 @@ def _read(kind: UnitKind, keys: Keys, hints: Values) -> Reading:
 
 def _row(key: str, kind: UnitKind) -> Family:
     prefix = kind.title if key == "orepa_vgg" else f"{kind.title}-RepVGG"
+    # What OREPA's form of RepVGG folds into is RepVGG itself, so RepVGG's row reads that.
+    signature = r"rbr_dense\.weight_rbr_" if key == "orepa_vgg" else kind.signature
     published = {name: values for name, values in REPVGG.items() if "se_ratio" not in values}
     return Family(
         family=kind.family,
         network=prefix if key == "orepa_vgg" else f"{kind.title}-VGG",
-        signature=re.compile(rf"^(stage0|stage[0-9]+\.[0-9]+)\.{kind.signature}"),
+        signature=re.compile(rf"^(stage0|stage[0-9]+\.[0-9]+)\.{signature}"),
         read=partial(_read, kind),
         make=partial(UnitVGG, key),
         named={name.replace("RepVGG", prefix): values for name, values in published.items()},

@@ -19,7 +19,7 @@ class UnitKind:
     """One kind of unit: `make(geometry, activation)` and how its keys look.
 
     `kernels` are the keys inside a unit, in either form, whose shape is (out, in / groups, K, K).
-    `signature` is a regular expression for how keys inside a unit begin.
+    `signature` is a regular expression for how keys inside a unit begin, in either form.
     """
 
     family: str
@@ -118,8 +118,13 @@ UNITS: Mapping[str, UnitKind] = {
         family="orepa",
         title="OREPA-RepVGG",
         make=orepa_vgg_unit,
-        kernels=("rbr_dense.weight_rbr_origin", "rbr_1x1.conv.weight", "conv.weight"),
-        signature=r"rbr_dense\.weight_rbr_",
+        kernels=(
+            "rbr_dense.weight_rbr_origin",
+            "rbr_reparam.weight",
+            "rbr_1x1.conv.weight",
+            "conv.weight",
+        ),
+        signature=r"(rbr_dense\.weight_rbr_|rbr_reparam\.)",
     ),
     "base": UnitKind(
         family="plain",

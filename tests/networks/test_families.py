@@ -12,14 +12,24 @@ from service.errors import InvalidConfig
 from service.networks import (
     ModelConfig,
     Reparameterizable,
+    ResNet,
     build,
     deploy_names,
     deploy_skeleton,
     recognise,
 )
-from service.networks.acnet import CifarQuick, CifarResNet, CifarVGG, MobileNet, WideResNet
+from service.networks.acnet import (
+    CifarQuick,
+    CifarResNet,
+    CifarVGG,
+    MobileNet,
+    StageResNet,
+    WideResNet,
+)
 from service.networks.ecbsr import ECB, ECBSR
 from service.networks.family import Family
+from service.networks.keys import Keys
+from service.networks.mobilenet import MobileNetV1
 from service.networks.qarepvgg import QARepVGG, QARepVGGBlock, YoloQARepVGGBlock
 from service.networks.repghost import REPGHOST, RepGhostNet
 from service.networks.replknet import RepLKNet
@@ -32,7 +42,18 @@ SMALL: list[tuple[str, nn.Module, tuple[int, ...]]] = [
     ("ACNet-VGG (custom)", CifarVGG([8] * 13, 8), (3, 32, 32)),
     ("ACNet-SRC (custom)", CifarResNet([1, 1, 1], [4, 8, 8]), (3, 32, 32)),
     ("ACNet-WRN (custom)", WideResNet([1, 1], [8, 16], 4), (3, 32, 32)),
+    ("ACNet-SResNet (custom)", StageResNet([2, 1], [4, 8], [16, 24], 4), (3, 32, 32)),
     ("ACNet-MobileNet (custom)", MobileNet(8, [8, 16], num_classes=5), (3, 32, 32)),
+    (
+        "OREPA-RepVGG-ResNet (custom)",
+        ResNet("orepa_vgg", "basic", [1, 1], [8, 16], stem_width=8, num_classes=5),
+        (3, 32, 32),
+    ),
+    (
+        "OREPA-RepVGG-MobileNet (custom)",
+        MobileNetV1("orepa_vgg", 8, [8, 16], num_classes=5),
+        (3, 32, 32),
+    ),
     ("QARepVGG (custom)", QARepVGG([1, 2], [8, 16], num_classes=5), (3, 32, 32)),
     ("QARepVGG (custom)", QARepVGG([1], [8], normed=True, num_classes=5), (3, 32, 32)),
     ("ECBSR", ECBSR(1, 8, 2), (1, 12, 10)),
@@ -62,7 +83,7 @@ def randomised(module: nn.Module) -> nn.Module:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name.endswith("running_var"):
             nn.init.uniform_(tensor, 0.5, 1.5)
-        elif tensor.is_floating_point() and tensor.ndim <= 1:
+        elif tensor.is_floating_point() and (tensor.ndim <= 1 or name.endswith(".vector")):
             nn.init.uniform_(tensor, -0.5, 1.0)
     return module
 
@@ -126,6 +147,22 @@ def test_published_networks_are_recognised(row: Family, name: str) -> None:
     if name != "RepGhostNet-wo-0.5x":
         assert recognise(state).name == name
     assert recognise(state, ModelConfig(architecture=name)).name == name
+
+
+@pytest.mark.parametrize("row", [row for row in FAMILIES if row.named], ids=lambda r: r.network)
+def test_no_other_row_claims_a_published_network(row: Family) -> None:
+    with torch.device("meta"):
+        network = row.make(**next(iter(row.named.values())))
+        folded = deploy_skeleton(network)
+
+    def claimed(module: nn.Module) -> str:
+        keys = Keys({key: tuple(tensor.shape) for key, tensor in module.state_dict().items()})
+        return next(row.network for row in FAMILIES if row.claims(keys))
+
+    assert claimed(network) == row.network
+    # What these fold into is RepVGG itself, so RepVGG's row reads it.
+    same_as_repvgg = row.network in ("OREPA-RepVGG", "QARepVGG")
+    assert claimed(folded) == ("RepVGG" if same_as_repvgg else row.network)
 
 
 def test_branches_without_keys_come_from_the_config() -> None:
