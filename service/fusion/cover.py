@@ -67,6 +67,11 @@ def usable(form: Form) -> bool:
     return form.bias.is_constant()
 
 
+def dearer(costs: tuple[float, float]) -> str:
+    """The reason for what stays because the costs (kept, fused) say so."""
+    return f"fusing it would raise its cost from {costs[0]:,.0f} to {costs[1]:,.0f}"
+
+
 def cover(analysis: Analysis) -> Cover:
     """The cheaper of two covers: looking through shared values, and not."""
     return min(

@@ -9,7 +9,8 @@ from typing import Any
 from service.fusion.affine import Rule
 from service.fusion.analysis import Analysis
 from service.fusion.cost import convolution_count, node_macs, program_macs
-from service.fusion.cover import BORDER_REASON, Cover, usable
+from service.fusion.cover import BORDER_REASON, Cover, dearer, usable
+from service.fusion.joins import Join, kept_joins
 from service.fusion.jsonable import jsonable
 from service.fusion.rewrite import Region
 from service.fusion.rules import CONVOLUTIONS
@@ -86,20 +87,22 @@ class Totals:
 
 @dataclass(frozen=True)
 class Report:
-    """Every block, and the sibling convolutions that were merged afterwards, or stay apart."""
+    """Every block, the siblings that were merged or stay apart, and the joins that stay."""
 
     blocks: tuple[Block, ...]
     merges: tuple[Merge, ...]
     apart: tuple[Apart, ...]
+    joins: tuple[Join, ...]
     totals: Totals
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: `{"totals": …, "blocks": […], "merges": […], "apart": […]}`."""
+        """JSON-able, a key for each field; all but `totals` are lists."""
         return {
             "totals": jsonable(self.totals),
             "blocks": [jsonable(block) for block in self.blocks],
             "merges": [jsonable(merge) for merge in self.merges],
             "apart": [jsonable(group) for group in self.apart],
+            "joins": [jsonable(join) for join in self.joins],
         }
 
     def to_text(self) -> str:
@@ -123,7 +126,8 @@ def make_report(
         elif form is None and nodes[name].op in CONVOLUTIONS:
             blocks.append(_kept_block(nodes[name], analysis, cover, nodes, readers))
     totals = _totals(blocks, analysis.program, merged.program)
-    return Report(tuple(blocks), merged.merges, merged.apart, totals)
+    joins = kept_joins(analysis, cover)
+    return Report(tuple(blocks), merged.merges, merged.apart, joins, totals)
 
 
 def _fused_block(region: Region, analysis: Analysis, nodes: dict[str, Node]) -> Block:
@@ -271,7 +275,7 @@ def _why_kept(
     if node.name not in analysis.linear:
         return "refused", "its kernel depends on the input"
     if node.name in cover.cheaper:
-        return "kept", _dearer(cover.cheaper[node.name])
+        return "kept", dearer(cover.cheaper[node.name])
     if node.name in analysis.refusals:
         return "refused", "; ".join(analysis.refusals[node.name])
     if _bordered(node.name, node.name, analysis):
@@ -303,17 +307,13 @@ def _why_apart(
             return f"{_short(nodes[name])} beside it: {analysis.refusals[name][0]}"
     if reader.name in analysis.refusals:
         return analysis.refusals[reader.name][0]
-    return _dearer(cover.cheaper[reader.name]) if reader.name in cover.cheaper else None
+    return dearer(cover.cheaper[reader.name]) if reader.name in cover.cheaper else None
 
 
 def _bordered(member: str, value: str, analysis: Analysis) -> bool:
     """Whether `value` has a form through `member` that only its border keeps from being one."""
     forms = analysis.forms.get(value, {}).values()
     return any(member in form.nodes and not usable(form) for form in forms)
-
-
-def _dearer(costs: tuple[float, float]) -> str:
-    return f"fusing it would raise its cost from {costs[0]:,.0f} to {costs[1]:,.0f}"
 
 
 def _short(node: Node) -> str:

@@ -17,7 +17,7 @@ _STATUS = {
 def report_text(document: Mapping[str, Any]) -> str:
     """The report document (`Report.to_dict()`, or the report of a version) as plain text.
 
-    Uses the keys `blocks`, `merges`, `apart` and, where there are any, `quantisation`.
+    Uses the keys `blocks` and, where there are any, `merges`, `apart`, `joins`, `quantisation`.
     """
     blocks: Sequence[Mapping[str, Any]] = document["blocks"]
     lines: list[str] = []
@@ -27,6 +27,7 @@ def report_text(document: Mapping[str, Any]) -> str:
             lines += ["", f"{title} ({len(chosen)})"]
             lines += [line for block in chosen for line in _block(block)]
     lines += _siblings(document.get("merges", ()), document.get("apart", ()))
+    lines += _joins(document.get("joins", ()))
     lines += _sources(blocks)
     lines += _ranges(document.get("quantisation", ()))
     return "\n".join(lines[1:])
@@ -77,6 +78,15 @@ def _siblings(
         for group in apart:
             yield f"  {', '.join(group['modules'])}"
             yield from _wrapped("why", group["reason"])
+
+
+def _joins(joins: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if joins:
+        yield from ("", f"Joined as before, each branch by itself ({len(joins)})")
+    for join in joins:
+        how = "concatenation" if join["op"] == "aten.cat" else "sum"
+        yield f"  {join['module'] or 'the network'}: {how} of {join['branches']} branches"
+        yield from _wrapped("why", join["reason"])
 
 
 def _sources(blocks: Iterable[Mapping[str, Any]]) -> Iterator[str]:

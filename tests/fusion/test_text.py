@@ -77,6 +77,15 @@ def test_siblings_are_told_with_the_reason(text: str) -> None:
     assert "their kernels differ (1x1, 3x3)" in apart
 
 
+def test_branches_that_stay_are_told_with_what_stands_between(text: str) -> None:
+    joined = " ".join(section(text, "Joined as before").split())
+    assert "the network: concatenation of 3 branches" in joined
+    assert "linear only from behind relu" in joined
+    # Branches that were folded into one convolution are no join any more.
+    assert "block" not in joined
+    assert "sum of" not in joined
+
+
 def test_int8_readiness_covers_every_layer_and_warns_of_the_widened(text: str) -> None:
     ranges = section(text, "Readiness for int8")
     for layer in ("block", "reduce", "expand", "biased", "padded", "left", "right", "wide"):

@@ -1,0 +1,70 @@
+"""Sums and concatenations of branches that stay, and why: residuals, the modules of Inception."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.fusion.analysis import Analysis
+from service.fusion.cover import BORDER_REASON, Cover, dearer, usable
+from service.fusion.rules import JOIN
+from service.graph.program import Node
+
+APART = "the branches do not all start from one value"
+
+
+@dataclass(frozen=True)
+class Join:
+    """A sum or concatenation of `branches` values that no convolution could take in, and why.
+
+    `module` is where it stands and `op` its ATen name.
+    """
+
+    module: str
+    op: str
+    branches: int
+    reason: str
+
+
+def kept_joins(analysis: Analysis, cover: Cover) -> tuple[Join, ...]:
+    """Every join of branches that the fused program still computes, in execution order."""
+    nodes = {node.name: node for node in analysis.program.nodes}
+    joins = []
+    for name, form in cover.chosen.items():
+        node = nodes[name]
+        branches = [ref for ref in node.refs() if ref not in analysis.constants]
+        if form is None and node.op in JOIN and len(branches) > 1 and name in analysis.linear:
+            reason = _reason(node, branches, analysis, cover, nodes)
+            joins.append(Join(node.source, node.op, len(branches), reason))
+    return tuple(joins)
+
+
+def _reason(
+    node: Node, branches: list[str], analysis: Analysis, cover: Cover, nodes: Mapping[str, Node]
+) -> str:
+    if node.name in cover.cheaper:
+        return dearer(cover.cheaper[node.name])
+    forms = analysis.forms.get(node.name, {}).values()
+    if any(not usable(form) for form in forms):
+        return BORDER_REASON
+    inexact = [reason for reason in analysis.refusals.get(node.name, ()) if reason != APART]
+    return inexact[0] if inexact else _starts(branches, analysis, nodes)
+
+
+def _starts(branches: list[str], analysis: Analysis, nodes: Mapping[str, Node]) -> str:
+    """Where each branch begins to be linear: behind which operator, and of which modules."""
+    position = {node.name: index for index, node in enumerate(analysis.program.nodes)}
+    found: dict[str, list[str]] = defaultdict(list)
+    for branch in branches:
+        roots = [branch, *(root for root, _ in analysis.forms.get(branch, {}))]
+        start = nodes.get(min(roots, key=lambda name: position.get(name, -1)))
+        if start is None:
+            found["the input"].append("")
+        else:
+            found[start.op.removeprefix("aten.").partition(".")[0]].append(start.source)
+    told = []
+    for op, sources in found.items():
+        names = ", ".join(dict.fromkeys(filter(None, sources)))
+        told.append(f"{op} ({names})" if names else op)
+    return f"{APART}: they are linear only from behind {' and '.join(told)}"
