@@ -16,8 +16,10 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from service import __version__
+from service.cli import app
 from service.commands import show
 from service.networks import deploy_skeleton
 from tests.api import tiny
@@ -124,28 +126,64 @@ def test_blocks_of_an_unknown_network_are_said_to_need_its_graph(
     assert ("cannot be served" in capsys.readouterr().out.replace("\n", " ")) == (shape is None)
 
 
-def test_pack_then_convert_a_network_nobody_knows(tmp_path: Path) -> None:
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A folder with a module of a user's own."""
     (tmp_path / "mine.py").write_text(
+        "import torch\n"
         "from torch import nn\n"
         "def net():\n"
         "    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())\n"
+        "def exported():\n"
+        "    batch = {0: torch.export.Dim('batch')}\n"
+        "    example = (torch.zeros(2, 3, 8, 8),)\n"
+        "    return torch.export.export(net().eval(), example, dynamic_shapes=(batch,))\n"
+        "def words():\n"
+        "    return 'no network'\n"
     )
-    bundle = tmp_path / "mine.bundle"
+    return tmp_path
+
+
+@pytest.mark.parametrize("given", [("mine:net", "--example", "2x3x8x8"), ("mine:exported",)])
+def test_pack_then_convert_a_network_nobody_knows(mine: Path, given: tuple[str, ...]) -> None:
+    bundle = mine / "mine.bundle"
     packed = subprocess.run(
-        [
-            *(sys.executable, "-m", "service.cli", "pack", "mine:net"),
-            *("--example", "2x3x8x8", "-o", str(bundle)),
-        ],
-        cwd=tmp_path,
+        [sys.executable, "-m", "service.cli", "pack", *given, "-o", str(bundle)],
+        cwd=mine,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert packed.returncode == 0, packed.stderr
-    done = foldserve("convert", str(bundle), "-o", str(tmp_path / "out.bundle"), "--json")
+    done = foldserve("convert", str(bundle), "-o", str(mine / "out.bundle"), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fusion"]["convolutions_after"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "says"),
+    [
+        (("mine:net",), 2, "a module needs an --example"),
+        (("mine:exported", "--example", "2x3x8x8"), 2, "leave out --example"),
+        (("mine:words",), 1, "returns a str"),
+        (("mine:absent",), 1, "absent"),
+    ],
+)
+def test_what_cannot_be_packed_is_told(
+    mine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: tuple[str, ...],
+    status: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(mine)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    packed = CliRunner().invoke(app, ["pack", *given, "-o", "mine.bundle"])
+    assert packed.exit_code == status
+    assert says in " ".join(packed.stderr.replace("\u2502", " ").split())
+    assert not (mine / "mine.bundle").exists()
 
 
 def test_remote_commands(

@@ -18,6 +18,7 @@ from service.errors import BadInput
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.export import ExportedProgram
 
 _File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The checkpoint.")]
 _Arch = Annotated[str | None, typer.Option("--arch", help="The network's name.")]
@@ -75,25 +76,30 @@ def inspect(
 
 
 def pack(
-    factory: Annotated[str, typer.Argument(help="`module:callable` that returns an nn.Module.")],
-    example: Annotated[
-        list[str],
-        typer.Option(
-            help="An input's shape with its batch, as 2x3x224x224, and its dtype unless float32, "
-            "as 2x16:int64. Once for every input."
-        ),
+    factory: Annotated[
+        str,
+        typer.Argument(help="`module:callable` that returns an nn.Module or an exported program."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.")],
+    example: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An input's shape with its batch, as 2x3x224x224, and its dtype unless float32, "
+            "as 2x16:int64. Once for every input; none for an exported program."
+        ),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Pack any network into a bundle that can be uploaded without its source code.
 
     Runs your code here, on your machine; the service never runs any.
     """
+    from torch import nn
+
     from service import pack as pack_bundle
 
     try:
-        examples = tuple(_example(text) for text in example)
+        examples = tuple(_example(text) for text in example or ())
         module, name = factory.split(":")
     except ValueError:
         raise typer.BadParameter(
@@ -105,13 +111,33 @@ def pack(
             network = getattr(importlib.import_module(module), name)()
         except (ImportError, AttributeError) as error:
             raise BadInput(f"{factory}: {error}.", remedy="Check the module's path.") from error
-        pack_bundle(network.eval(), examples, output)
+        if isinstance(network, nn.Module):
+            if not examples:
+                raise typer.BadParameter("a module needs an --example for every input")
+            pack_bundle(network.eval(), examples, output)
+        elif examples:
+            raise typer.BadParameter(
+                "an exported program has its own examples: leave out --example"
+            )
+        else:
+            pack_bundle(_exported(network, factory), None, output)
     size = output.stat().st_size
     if as_json:
         inputs = [{"shape": list(e.shape), "dtype": _dtype_name(e)} for e in examples]
         show.as_json({"output": str(output), "bytes": size, "examples": inputs})
     else:
         show.out.print(f"{output}: {size:,} bytes")
+
+
+def _exported(network: Any, factory: str) -> ExportedProgram:
+    from torch.export import ExportedProgram
+
+    if isinstance(network, ExportedProgram):
+        return network
+    raise BadInput(
+        f"{factory} returns a {type(network).__name__}.",
+        remedy="Return an nn.Module or what torch.export.export gives.",
+    )
 
 
 def _example(text: str) -> Tensor:
