@@ -4,7 +4,7 @@ There is no timer. A lone request starts at once; under load the batch grows by 
 more requests wait while a batch computes, the more the next one holds.
 
 A program whose `Prepared.streams` run beside each other shares the backlog out among them, in the
-smallest batches that cost nothing: a core that answers a batch, and waits for what its callers send
+smallest batches that cost little: a core that answers a batch, and waits for what its callers send
 next, takes what waits meanwhile and leaves the other cores at work. Only when fewer rows wait than
 there are streams, and nothing runs, do they get all cores together.
 """
