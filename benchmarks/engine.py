@@ -7,13 +7,19 @@ Builds a training-form network with seeded weights and varied batch-norm statist
 Every way runs in turns with the plain training module in eager PyTorch, which is what people serve
 by mistake, and that one runs twice, as a control. Speed only: how well lower precisions agree
 depends on trained weights, and the service certifies it for each upload.
+
+ONNX Runtime is measured too, on the deploy form that can be downloaded. It is no engine of this
+service: it would become one if it were the fastest somewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.arms import RESULTS, Arm, Batch, heading, measure, save, table
+from service.exports.convert import to_onnx
 from service.fusion import certify, fuse
 from service.graph import Program, trace
 from service.networks import known_names, make_network
@@ -34,6 +41,7 @@ PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "torch": ("float32", "bfloat16"),
     "openvino": ("float32", "bfloat16", "int8"),
 }
+OTHER = "onnxruntime"
 CALIBRATION_ROWS = 32
 
 
@@ -125,7 +133,7 @@ def _arms(
         "torch": TorchBackend(choices),
         "openvino": OpenVinoBackend(choices),
     }
-    for name in options.backends:
+    for name in filter(backends.__contains__, options.backends):
         for precision in PRECISIONS[name]:
             if precision not in options.precisions or (precision == "int8" and not can_quantise()):
                 continue
@@ -135,6 +143,27 @@ def _arms(
                 print(f"preparing {form} form, {name} {precision}", flush=True)
                 title = f"{form} form, {name} {precision}"
                 yield prepared(title, backends[name], program, precision, sizes)
+    if OTHER in options.backends and find_spec(OTHER) is not None:
+        yield onnx_runtime(deploy, options.threads)
+
+
+def onnx_runtime(program: Program, threads: int) -> Arm:
+    """An arm that runs what the service gives out as ONNX: float32, `threads` threads."""
+    runtime = import_module(OTHER)
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "deploy.onnx"
+        to_onnx(program, path)
+        session = runtime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    names = [spec.name for spec in program.inputs]
+
+    def run(batch: Batch) -> object:
+        rows = [column.numpy() for column in batch]
+        return session.run(None, dict(zip(names, rows, strict=True)))
+
+    about = {"backend": OTHER, "backend_version": runtime.__version__, "threads": threads}
+    return Arm(f"deploy form, {OTHER} float32", run, about)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=numbers, default=[1, 8, 32, 128], help="such as 1,8,32")
     parser.add_argument("--seconds", type=float, default=150.0, help="budget of all batch sizes")
     parser.add_argument("--precisions", type=words, default=["float32", "bfloat16", "int8"])
-    parser.add_argument("--backends", type=words, default=list(backend_names()))
+    parser.add_argument("--backends", type=words, default=[*backend_names(), OTHER])
     parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

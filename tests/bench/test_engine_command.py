@@ -26,7 +26,7 @@ def test_it_fuses_certifies_measures_and_writes_what_it_prints(
 ) -> None:
     status = main(
         f"engine --size 32 --batches 1,2 --seconds 0.6 --threads 1 --out {tmp_path}"
-        " --backends torch --precisions float32".split()
+        " --backends torch,onnxruntime --precisions float32".split()
     )
     assert status == 0
     printed = capsys.readouterr().out
@@ -35,9 +35,15 @@ def test_it_fuses_certifies_measures_and_writes_what_it_prints(
     assert data["totals"]["convolutions_before"] == 44
     assert data["totals"]["convolutions_after"] == 22
     assert data["environment"]["threads"] == 1
-    assert len(data["ways"]) == 3
-    assert [(row["batch"], row["arm"][:6]) for row in data["measured"]] == [
-        (size, name) for size in (1, 2) for name in ("traini", "traini", "deploy", "the fi")
+    names = [
+        "training form, eager module",
+        "training form, torch float32",
+        "deploy form, torch float32",
+        "deploy form, onnxruntime float32",
+    ]
+    assert list(data["ways"]) == names
+    assert [(row["batch"], row["arm"]) for row in data["measured"]] == [
+        (size, name) for size in (1, 2) for name in (*names, CONTROL)
     ]
     assert all(row["seconds"]["p50"] > 0 for row in data["measured"])
     for line in (tmp_path / "engine.md").read_text().splitlines():
