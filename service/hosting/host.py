@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Coroutine, Generator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -172,8 +173,8 @@ class Host:
     async def ensure(self, model: str, version: int | None) -> int:
         """Have a version loaded, None being the default, and return its number.
 
-        Raises ModelNotFound, VersionNotFound, VersionNotReady, ModelUnloaded, or what loading
-        raises.
+        Raises ModelNotFound, VersionNotFound, VersionNotReady, NotServable, ModelUnloaded, or what
+        loading raises.
         """
         self._check_serving(model)
         if version is None:
@@ -201,11 +202,10 @@ class Host:
     async def load(self, model: str) -> None:
         """Serve a model's default, also after `unload`; it is warm when this returns.
 
-        Raises ModelNotFound, VersionNotReady, or what loading raises; then it stays as it was.
+        Raises ModelNotFound, VersionNotReady, NotServable, or what loading raises; then it stays as
+        it was.
         """
-        record = await asyncio.to_thread(self.catalog.get_model, model)
-        if record.default_version is None:
-            raise VersionNotReady(f"Model {model!r} has no version that is ready.")
+        await self._catalog_default(model)
         was_unloaded = self.is_unloaded(model)
         self._unloaded.discard(model)
         try:
@@ -264,9 +264,12 @@ class Host:
 
     async def _catalog_default(self, model: str) -> int:
         record = await asyncio.to_thread(self.catalog.get_model, model)
-        if record.default_version is None:
-            raise VersionNotReady(f"Model {model!r} has no version that is ready.")
-        return record.default_version
+        if record.default_version is not None:
+            return record.default_version
+        ready = partial(self.catalog.list_versions, model, limit=1, state=State.READY)
+        if (await asyncio.to_thread(ready)).items:
+            raise NotServable(f"No version of {model!r} that is ready has a program to run.")
+        raise VersionNotReady(f"Model {model!r} has no version that is ready.")
 
     async def _load(self, model: str, version: int) -> None:
         record = await asyncio.to_thread(self.catalog.get_version, model, version)
