@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from service.errors import FusionError, out_of_memory
 from service.fusion import affine
-from service.fusion.affine import Form, Inexact, Layout
 from service.fusion.constants import Constants
+from service.fusion.form import Form, Inexact, Layout
 from service.fusion.rules import JOIN, UNARY, Call, layout_of
 from service.graph.program import Program, TensorSpec
 

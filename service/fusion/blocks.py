@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from service.errors import FusionError
-from service.fusion.affine import Form
 from service.fusion.analysis import Analysis
 from service.fusion.cover import emitted_geometry, usable
+from service.fusion.form import Form
 from service.fusion.kernels import regrouped
 
 

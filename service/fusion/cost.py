@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from service.fusion.affine import Geometry
+from service.fusion.form import Geometry
 from service.fusion.rules import CONVOLUTIONS
 from service.graph.program import Node, Program, Ref, TensorSpec
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from service.fusion.affine import Form, Geometry, Layout
 from service.fusion.analysis import Analysis
 from service.fusion.cost import elements, form_cost, node_cost, pad_cost
+from service.fusion.form import Form, Geometry, Layout
 
 BORDER_REASON = "the bias would differ between border and interior"
 

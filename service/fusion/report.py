@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.fusion.affine import Rule
 from service.fusion.analysis import Analysis
 from service.fusion.cost import convolution_count, node_macs, program_macs
 from service.fusion.cover import BORDER_REASON, Cover, dearer, usable
@@ -15,6 +14,7 @@ from service.fusion.jsonable import jsonable
 from service.fusion.rewrite import Region
 from service.fusion.rules import CONVOLUTIONS
 from service.fusion.siblings import Apart, Merge, Merged
+from service.fusion.sources import Rule
 from service.fusion.text import report_text
 from service.graph.program import Node, Program, TensorSpec
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from service.errors import FusionError
-from service.fusion.affine import Form, Layout
 from service.fusion.analysis import Analysis
 from service.fusion.cost import elements
 from service.fusion.cover import Cover, emitted_geometry
+from service.fusion.form import Form, Layout
 from service.fusion.kernels import regrouped
 from service.fusion.rules import CONVOLUTIONS
 from service.graph.operators import DTYPES

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from service.fusion import affine
-from service.fusion.affine import Form, Inexact, Layout, Rule, Weight
 from service.fusion.constants import Constants
+from service.fusion.form import Form, Inexact, Layout, Weight
 from service.fusion.kernels import average_kernel, identity_kernel
+from service.fusion.sources import Rule
 from service.graph.program import Node, Ref, TensorSpec
 
 

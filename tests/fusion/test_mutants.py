@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from service.fusion import Certificate, affine, certify, constants, cover, fuse, kernels, rewrite
 from service.fusion import rules as rules_module
-from service.fusion.affine import Form, Weight
 from service.fusion.field import Field
+from service.fusion.form import Form, Geometry, Weight
 from service.fusion.rules import JOIN, UNARY, Call
 from service.graph import run
 from service.graph.program import Argument
@@ -423,7 +423,7 @@ def _(patch: Patch) -> None:
 
 @mutant("padding after a spatial kernel taken as exact", "padded twice")
 def _(patch: Patch) -> None:
-    patch.setattr(affine.Geometry, "reads_nothing_outside", lambda *_: True)
+    patch.setattr(Geometry, "reads_nothing_outside", lambda *_: True)
 
 
 @mutant("interior bias at the border too", "biased border")
