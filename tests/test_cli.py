@@ -9,12 +9,15 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import onnxruntime
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -42,12 +45,23 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+def walked(command: Any) -> Iterator[Any]:
+    """A command of click's and all that are below it."""
+    yield command
+    for each in getattr(command, "commands", {}).values():
+        yield from walked(each)
+
+
 def test_help_of_everything() -> None:
     whole = foldserve("--help")
     assert whole.returncode == 0
     for command in COMMANDS:
         assert command in whole.stdout
     assert "Exit status: 0 done, 1 refused" in whole.stdout
+    for command in walked(typer.main.get_command(app)):
+        assert command.help, command.name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{command.name}: {parameter.name}"
     assert foldserve("convert", "--help").returncode == 0
     assert foldserve("--version").stdout.strip() == __version__
     assert foldserve("brew").returncode == 2
@@ -166,8 +180,8 @@ def test_pack_then_convert_a_network_nobody_knows(mine: Path, given: tuple[str, 
     [
         (("mine:net",), 2, "a module needs an --example"),
         (("mine:exported", "--example", "2x3x8x8"), 2, "leave out --example"),
-        (("mine:words",), 1, "returns a str"),
-        (("mine:absent",), 1, "absent"),
+        (("mine:words",), 2, "returns a str"),
+        (("mine:absent",), 2, "absent"),
     ],
 )
 def test_what_cannot_be_packed_is_told(

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from service.errors import BadInput
+from service.errors import FormatNotInstalled
 
 _WIDTH = 48
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -30,9 +30,11 @@ def bars(result: dict[str, Any]) -> Table:
 
 
 def require_matplotlib() -> None:
-    """Raises BadInput where matplotlib is not installed."""
+    """Raises FormatNotInstalled where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise BadInput("Drawing a PNG needs matplotlib.", remedy="pip install 'foldserve[plot]'")
+        raise FormatNotInstalled(
+            "Drawing a PNG needs matplotlib.", remedy="pip install 'foldserve[plot]'"
+        )
 
 
 def save(result: dict[str, Any], path: Path) -> None:

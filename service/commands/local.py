@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from service.commands import show
-from service.errors import BadInput
+from service.errors import ExportError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +84,9 @@ def pack(
     example: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="SHAPE",
             help="An input's shape with its batch, as 2x3x224x224, and its dtype unless float32, "
-            "as 2x16:int64. Once for every input; none for an exported program."
+            "as 2x16:int64. Once for every input; none for an exported program.",
         ),
     ] = None,
     as_json: _Json = False,
@@ -110,7 +111,7 @@ def pack(
         try:
             network = getattr(importlib.import_module(module), name)()
         except (ImportError, AttributeError) as error:
-            raise BadInput(f"{factory}: {error}.", remedy="Check the module's path.") from error
+            raise typer.BadParameter(f"{factory}: {error}.", param_hint="factory") from error
         if isinstance(network, nn.Module):
             if not examples:
                 raise typer.BadParameter("a module needs an --example for every input")
@@ -134,9 +135,10 @@ def _exported(network: Any, factory: str) -> ExportedProgram:
 
     if isinstance(network, ExportedProgram):
         return network
-    raise BadInput(
-        f"{factory} returns a {type(network).__name__}.",
-        remedy="Return an nn.Module or what torch.export.export gives.",
+    raise typer.BadParameter(
+        f"{factory} returns a {type(network).__name__}, neither an nn.Module nor what "
+        "torch.export.export gives.",
+        param_hint="factory",
     )
 
 
@@ -195,7 +197,7 @@ def _write(files: dict[str, str], output: Path, scratch: Path) -> None:
 
     other = next((f for f in FORMATS.values() if output.name.endswith(f".{f.ending}")), None)
     if "deploy_program" not in files and (other or ".bundle" in output.suffixes):
-        raise BadInput(
+        raise ExportError(
             "The file holds known blocks of an unknown network, so there is no program to write.",
             remedy="Write .safetensors or .pth, or pack the network: `foldserve pack --help`.",
         )

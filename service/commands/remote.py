@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import (
@@ -23,12 +23,17 @@ from service.commands import chart, show
 from service.errors import FoldserveError, InvalidConfig
 
 _Url = Annotated[str, typer.Option("--url", envvar="FOLDSERVE_URL", help="The service.")]
+_Model = Annotated[str, typer.Argument(help="The model's name, as `foldserve models` lists it.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def push(
-    checkpoint: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
-    model: Annotated[str | None, typer.Option(help="Default: named after the file.")] = None,
+    checkpoint: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="The checkpoint.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="The model's name; otherwise it is named after the file.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(exists=True, help="Config JSON.")] = None,
     labels: Annotated[
         Path | None, typer.Option(exists=True, help="Class names, one a line, in order.")
@@ -86,20 +91,18 @@ def models(url: _Url = DEFAULT_URL, as_json: _Json = False) -> None:
 
 
 def predict(
-    model: str,
-    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
-    top_k: Annotated[int, typer.Option(min=1)] = 5,
-    form: Annotated[str, typer.Option(help="deploy or train")] = "deploy",
+    model: _Model,
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG or WebP.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to name, best first.")] = 5,
+    form: Annotated[
+        Literal["deploy", "train"], typer.Option(help="The folded network or the uploaded one.")
+    ] = "deploy",
     url: _Url = DEFAULT_URL,
     as_json: _Json = False,
 ) -> None:
     """Classify an image."""
-    if form not in ("deploy", "train"):
-        raise typer.BadParameter("use deploy or train", param_hint="--form")
     with show.refusals(), Client(url) as client:
-        (labels,) = client.predict(
-            model, image, top_k=top_k, form="train" if form == "train" else "deploy"
-        )
+        (labels,) = client.predict(model, image, top_k=top_k, form=form)
     if as_json:
         show.as_json([vars(label) for label in labels])
         return
@@ -110,9 +113,18 @@ def predict(
 
 
 def benchmark(
-    model: str,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Time budget, in seconds.")] = None,
+    model: _Model,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="ROWS",
+            help="Batch size; may be repeated. Otherwise those that the service is set to.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Time to spend; otherwise, and at most, what the service is set to."),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the chart into this file.")] = None,
     url: _Url = DEFAULT_URL,
     as_json: _Json = False,
