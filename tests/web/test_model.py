@@ -61,6 +61,7 @@ def test_a_model_that_is_not_there_says_so(web: Watched, http: httpx.Client) -> 
     said = http.get("/v1/models/web-nowhere").json()
     expect(web.page.locator("#model-problem")).to_contain_text(said["detail"])
     expect(web.page.locator("#versions-section")).to_be_hidden()
+    expect(web.page.locator("[aria-busy]")).to_have_count(0)
 
 
 def test_an_image_is_dropped_on_the_try_box(web: Watched, shown: str) -> None:
@@ -151,6 +152,48 @@ def block(module: str, **changes: Any) -> dict[str, Any]:
         **numbers,
         **changes,
     }
+
+
+def test_edges_cross_no_other_step(web: Watched, shown: str) -> None:
+    """A branch of one batch norm beside longer ones: the edge to the sum stays in its own lane."""
+    steps = [
+        ("aten.conv2d", [3, 3], [-1]),
+        ("aten.batch_norm", [], [0]),
+        ("aten.conv2d", [1, 1], [-1]),
+        ("aten.batch_norm", [], [2]),
+        ("aten.batch_norm", [], [-1]),
+        ("aten.add", [], [1, 3]),
+        ("aten.add", [], [5, 4]),
+    ]
+    operations = [
+        {"op": op, "module": "", "kernel": kernel, "groups": 1, "reads": reads}
+        for op, kernel, reads in steps
+    ]
+
+    def changed(route: Route) -> None:
+        report = route.fetch().json()
+        drawn = block("stem", status="fused", operations=operations)
+        route.fulfill(json=report | {"blocks": [drawn]})
+
+    web.page.route("**/report", changed)
+    web.go(f"/models/{shown}")
+    figure = web.page.locator(".block-panel .figure")
+    expect(figure.locator(".op")).to_have_count(6)
+    crossings = """figure => {
+        const boxes = [...figure.querySelectorAll('.op rect')].map(each => each.getBBox());
+        const inside = (p, b) =>
+            p.x > b.x && p.x < b.x + b.width && p.y > b.y && p.y < b.y + b.height;
+        const edges = [...figure.querySelectorAll('path:not(.becomes)')];
+        return edges.flatMap(edge => {
+            const long = edge.getTotalLength();
+            const at = n => edge.getPointAtLength(long * n / 100);
+            const points = Array.from({length: 101}, (_, n) => at(n));
+            const ends = [points[0], points[100]];
+            return boxes.filter(
+                box => !ends.some(p => inside(p, box)) && points.some(p => inside(p, box)));
+        }).length;
+    }"""
+    assert figure.evaluate(crossings) == 0
 
 
 def test_many_blocks_are_grouped_and_say_why_they_stay(web: Watched, shown: str) -> None:

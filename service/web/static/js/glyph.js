@@ -35,7 +35,7 @@ export function glyph(block) {
       { class: "branches" },
       ...drawing.nodes.flatMap((node) =>
         node.reads.map((read) =>
-          svg("path", { d: wire(...from(drawing, read, x, y), x(node.column), y(node.lane)) }),
+          svg("path", { d: edge(drawing, read, node, x, y) }),
         ),
       ),
       svg("path", { d: wire(0, HIGH / 2, x(0), y(drawing.entry)) }),
@@ -100,7 +100,7 @@ export function figure(block, after) {
     svg("circle", { class: "port", cx: 10, cy: y(drawing.entry), r: 4 }),
     ...drawing.nodes.flatMap((node) =>
       node.reads.map((read) =>
-        svg("path", { d: wire(...from(drawing, read, x, y), x(node.column), y(node.lane)) }),
+        svg("path", { d: edge(drawing, read, node, x, y) }),
       ),
     ),
     ...drawing.nodes.map((node) => box(node, x(node.column), y(node.lane))),
@@ -152,14 +152,25 @@ function label(x, y, text) {
   );
 }
 
-/** The point where an edge begins. @param {import("./drawing.js").Drawing} drawing @param {number} read @param {(column: number) => number} x @param {(lane: number) => number} y @returns {[number, number]} */
-function from(drawing, read, x, y) {
-  return read < 0
-    ? [x(0), y(drawing.entry)]
-    : [x(drawing.nodes[read].column), y(drawing.nodes[read].lane)];
+/**
+ * The edge from what a node reads, level in the lane of the branch so that it crosses no other step: it changes lane
+ * between the last two columns before a join, and between the first two of any other.
+ * @param {import("./drawing.js").Drawing} drawing
+ * @param {number} read
+ * @param {import("./drawing.js").Placed} node
+ * @param {(column: number) => number} x
+ * @param {(lane: number) => number} y
+ */
+function edge(drawing, read, node, x, y) {
+  const source = read < 0 ? { column: 0, lane: drawing.entry } : drawing.nodes[read];
+  const change = node.reads.length > 1 ? node.column - 1 : source.column;
+  const [from, to] = [y(source.lane), y(node.lane)];
+  const level = wire(x(source.column), from, x(change), from);
+  const changed = wire(x(change), from, x(change + 1), to);
+  return `${level}${changed}H${x(node.column)}`;
 }
 
-/** A line that leaves and arrives level; it changes lane right after leaving or right before a join. @param {number} x1 @param {number} y1 @param {number} x2 @param {number} y2 */
+/** A line that leaves and arrives level. @param {number} x1 @param {number} y1 @param {number} x2 @param {number} y2 */
 function wire(x1, y1, x2, y2) {
   if (Math.abs(y1 - y2) < 0.1) return `M${x1} ${y1}H${x2}`;
   const middle = (x1 + x2) / 2;

@@ -1,7 +1,7 @@
 // The latency chart: training form against deploy form over batch sizes, and the button that measures.
 import { getJson, sendJson } from "./api.js";
 import { announce, fill, h } from "./dom.js";
-import { milliseconds, significant, when } from "./format.js";
+import { milliseconds, plural, significant, when } from "./format.js";
 import { chart, colours } from "./chart.js";
 import { errorBox } from "./problem.js";
 
@@ -99,7 +99,7 @@ function results(benchmark) {
     benchmark.device,
     benchmark.backend,
     benchmark.precision,
-    benchmark.threads && `${benchmark.threads} threads`,
+    benchmark.threads && plural(benchmark.threads, "thread"),
   ]
     .filter(Boolean)
     .join(", ");

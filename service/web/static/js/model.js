@@ -24,6 +24,7 @@ async function load() {
     model = await getJson(`/v1/models/${name}`);
   } catch (error) {
     fill(byId("model-problem"), errorBox(error));
+    byId("versions").removeAttribute("aria-busy");
     for (const id of ["versions-section", "version", "summary"]) byId(id).hidden = true;
     return;
   }
