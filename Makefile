@@ -69,7 +69,7 @@ bench: install
 	$(PY) -m benchmarks $(ARGS)
 
 image-test: install
-	deploy/image/test.sh
+	PYTHON=$(PY) deploy/image/test.sh
 
 # Every long test has a share of SOAK_SECONDS (1800 unless set) and is ended when that is over.
 soak: install-test

@@ -4,8 +4,8 @@
 # Needs root, buildah, debootstrap and curl. Where the store of buildah has no image of the base's name, one is made
 # by debootstrap from this machine's own package source. The build sees this machine's pip configuration and
 # certificates. What is shown: the image builds; its command converts a checkpoint; the service runs as user 10001 on a
-# read-only root file system with the image's own environment and command, becomes healthy by the image's own health
-# check, answers a prediction, and ends with 0 on SIGTERM.
+# read-only root file system with the image's own environment and command, with two HTTP processes before the one that
+# computes, becomes healthy by the image's own health check, answers a prediction, and ends with 0 on SIGTERM.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -76,8 +76,9 @@ root=$(buildah mount "$container")
 mapfile -t environment < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" | grep .)
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 environment+=("FOLDSERVE_HOST=127.0.0.1" "FOLDSERVE_PORT=$port")
+# Ends as the command itself, so that a background `inside` is the service's own process.
 inside() {
-    unshare --mount bash -euc '
+    exec unshare --mount bash -euc '
         root=$1 data=$2; shift 2
         mount --bind "$root" "$root" && mount -o remount,bind,ro "$root"
         mount --rbind /dev "$root/dev" && mount -t proc proc "$root/proc" && mount --bind "$data" "$root/data"
@@ -85,11 +86,11 @@ inside() {
         exec chroot --userspec=10001:10001 . /usr/bin/env -i -C /data "$@"
     ' inside "$root" "$data" "${environment[@]}" "$@"
 }
-if inside sh -c 'touch /opt/venv/x' 2>/dev/null; then
+if (inside sh -c 'touch /opt/venv/x') 2>/dev/null; then
     echo "the root file system can be written: this check could not see anything" >&2
     exit 1
 fi
-inside foldserve serve --model tiny=/data/train.pth 2>"$work/log" &
+inside foldserve serve --model tiny=/data/train.pth --http-processes 2 2>"$work/log" &
 server=$!
 for _ in $(seq 600); do
     [ "$(curl -s -o /dev/null -w '%{http_code}' "http://127.0.0.1:$port/health/ready")" = 200 ] && break
@@ -97,14 +98,16 @@ for _ in $(seq 600); do
     sleep 0.2
 done
 mapfile -t check < <(buildah inspect --format '{{range .Docker.Config.Healthcheck.Test}}{{println .}}{{end}}' "$container" | grep . | tail -n +2)
-inside "${check[@]}"
+(inside "${check[@]}")
 echo "the image's health check passes"
 curl -sS --fail-with-body --data-binary @"$data/photograph.jpg" -H 'Content-Type: image/jpeg' \
     "http://127.0.0.1:$port/v1/models/tiny/predict?top_k=2"
 echo
-test "$(ps -o uid= -p "$(pgrep -f "foldserve serve --model tiny=/data/train.pth" | tail -n 1)" | tr -d ' ')" = 10001
-echo "it runs as user 10001"
-pkill -TERM -f "foldserve serve --model tiny=/data/train.pth"
+mapfile -t users < <(ps -o uid= --pid "$server" --ppid "$server" | tr -d ' ')
+test "${#users[@]}" -ge 3 # the process that computes and its two HTTP processes
+test "$(sort -u <<<"$(printf '%s\n' "${users[@]}")")" = 10001
+echo "its ${#users[@]} processes run as user 10001"
+kill -TERM "$server"
 wait "$server" && echo "SIGTERM: exit 0"
 server=
 say "the image works"
