@@ -55,6 +55,11 @@ class ACBlock(Reparameterizable):
         self.hor_bn = nn.BatchNorm2d(out_channels, eps=eps, affine=affine)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The three convolutions, each normed, added: (N, C, H, W) -> (N, out, H', W').
+
+        Where the padding is below K // 2, Kx1 and 1xK read `x` cropped by `crop` along their thin
+        axis.
+        """
         tall = wide = x
         if self.crop:
             tall = F.pad(x, [-self.crop, -self.crop, 0, 0])

@@ -77,6 +77,7 @@ class CifarQuick(nn.Module):
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes); the three poolings leave 15x15, 7x7 and 3x3 positions."""
         x = F.max_pool2d(self.conv1(x), 3, 2)
         x = F.avg_pool2d(self.conv2(x), 3, 2)
         x = F.avg_pool2d(self.conv3(x), 3, 2)
@@ -112,6 +113,7 @@ class CifarVGG(nn.Module):
         self.linear2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes); five poolings leave one position of 32x32, so no other size fits."""
         x = torch.flatten(self.stem(x), 1)
         logits: Tensor = self.linear2(F.relu(self.linear1(x)))
         return logits
@@ -131,6 +133,7 @@ class Branch(nn.Module):
             self.conv3 = conv_norm(Geometry(inner, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layers in turn, the last without ReLU; the stride divides the sides, rounded up."""
         for layer in self.children():
             x = layer(x)
         return x
@@ -148,6 +151,7 @@ class ShortcutBlock(nn.Module):
         self.conv2 = conv_norm(Geometry(out_channels, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """ReLU of both layers plus the shortcut; the stride divides the sides, rounded up."""
         return F.relu(self.conv2(self.conv1(x)) + self.shortcut(x))
 
 
@@ -176,6 +180,7 @@ class ShortcutResNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes); the stem divides H and W by 4, each stage but the first by 2."""
         x = F.max_pool2d(self.conv1(x), 3, 2, 1)
         for index in range(self.num_stages):
             x = self.get_submodule(f"stage{index + 1}")(x)
@@ -205,6 +210,10 @@ class Stage(nn.Module):
             self.add_module(f"block{index}", branch)
 
     def forward(self, x: Tensor) -> Tensor:
+        """ReLU of branch plus shortcut, block after block: (N, C, H, W) -> (N, width, H', W').
+
+        The first shortcut is the projection of `x`, or what `conv1` and ReLU make of it.
+        """
         if self.first:
             x = F.relu(self.conv1(x))
             shortcut = x
@@ -236,6 +245,7 @@ class CifarResNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of the channel means; each stage but the first halves the sides."""
         for index in range(self.num_stages):
             x = self.get_submodule(f"stage{index + 1}")(x)
         logits: Tensor = self.linear(pooled(x))
@@ -265,6 +275,7 @@ class StageResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> logits (N, classes); the stem divides H and W by 4."""
         x = F.max_pool2d(self.conv1(x), 3, 2, 1)
         for index in range(self.num_stages):
             x = self.get_submodule(f"stage{index + 1}")(x)
@@ -283,6 +294,7 @@ class WideBlock(nn.Module):
         self.conv2 = norm_relu_conv(Geometry(width, width, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Both layers plus `x`, which is projected if the block has that; no ReLU after the sum."""
         out: Tensor = self.conv2(self.conv1(x)) + self.proj(x)
         return out
 
@@ -315,6 +327,7 @@ class WideResNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of the channel means behind `last_bn`, which no ReLU follows."""
         x = self.conv1(x)
         for index in range(self.num_stages):
             x = self.get_submodule(f"stage{index + 1}")(x)
@@ -336,6 +349,7 @@ class WrappedSeparable(nn.Module):
         self.pointwise = conv_norm_relu(Geometry(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, out, H', W'); the stride divides the sides, rounded up."""
         out: Tensor = self.pointwise(self.depthwise(x))
         return out
 
@@ -360,5 +374,6 @@ class MobileNet(nn.Module):
         self.linear = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> logits (N, classes) of the channel means behind `stem`."""
         logits: Tensor = self.linear(pooled(self.stem(self.conv1(x))))
         return logits

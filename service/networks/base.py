@@ -75,6 +75,7 @@ class Reparameterizable(nn.Module):
         return self.geometry.conv(bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`tail(branches(entry(x)))`; the deploy form equals it in evaluation mode only."""
         return _through(self, self.tail, self.branches(_through(self, self.entry, x)))
 
 
@@ -99,6 +100,7 @@ class DeployBlock(nn.Module):
         self.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`tail(layer(entry(x)))`: what the block gave in evaluation mode, but for rounding."""
         x = self.get_submodule(self.layer)(_through(self, self.entry, x))
         return _through(self, self.tail, x)
 

@@ -61,6 +61,7 @@ class ConvBN(Reparameterizable):
         self.bn = nn.BatchNorm2d(geometry.out_channels, eps=eps)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The convolution and its norm; the activation is the block's tail."""
         out: Tensor = self.bn(self.conv(x))
         return out
 
@@ -79,6 +80,10 @@ class BNAndPad(nn.Module):
         self.pad = pad
 
     def forward(self, x: Tensor) -> Tensor:
+        """The norm of `x` with `pad` positions of `border` on each side.
+
+        While training the norm is the batch's, the border still that of the running statistics.
+        """
         out: Tensor = self.bn(x)
         if self.pad == 0:
             return out
@@ -113,6 +118,7 @@ class SqueezeExcite(nn.Module):
         self.add_module(names[1], nn.Conv2d(internal, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x` times a gate in (0, 1), one for each image and channel."""
         reduce, expand = (self.get_submodule(name) for name in self.names)
         gate = F.adaptive_avg_pool2d(x, 1)
         return x * torch.sigmoid(expand(F.relu(reduce(gate))))
@@ -132,6 +138,7 @@ class ConvNormInPlace(Reparameterizable):
         self.add_module(names[1], nn.BatchNorm2d(geometry.out_channels, eps=eps))
 
     def branches(self, x: Tensor) -> Tensor:
+        """The convolution, then the norm, found by the names that the project gives them."""
         conv, norm = (self.get_submodule(name) for name in self.names)
         out: Tensor = norm(conv(x))
         return out
@@ -151,9 +158,11 @@ class NormLinear(Reparameterizable):
         self.add_module(linear, nn.Linear(channels, num_classes))
 
     def deploy_layer(self) -> nn.Module:
+        """A linear layer with bias, into which the norm before it goes."""
         return nn.Linear(self.geometry.in_channels, self.geometry.out_channels)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The linear layer of the normed features, (N, C) -> (N, classes)."""
         out: Tensor = self.get_submodule(self.linear_name)(self.bn(x))
         return out
 
@@ -166,5 +175,6 @@ class Residual(nn.Module):
         self.m = m
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x + m(x)`: `m` has to keep the shape."""
         out: Tensor = x + self.m(x)
         return out

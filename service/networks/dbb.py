@@ -29,6 +29,7 @@ class IdentityConv1x1(nn.Module):
         self.register_buffer("eye", identity_kernel(channels, groups), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The convolution with weight and identity added: (N, C, H, W) -> the same."""
         return F.conv2d(x, self.weight + self.eye, groups=self.groups)
 
 
@@ -86,6 +87,7 @@ class DiverseBranchBlock(Reparameterizable):
         self.dbb_1x1_kxk.add_module("bn2", nn.BatchNorm2d(out_channels, eps=eps))
 
     def branches(self, x: Tensor) -> Tensor:
+        """The sum of the four branches, or of three where a depthwise block has no 1x1."""
         out: Tensor = self.dbb_origin(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)
         return out if self.dbb_1x1 is None else out + self.dbb_1x1(x)
 

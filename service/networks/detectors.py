@@ -58,6 +58,7 @@ class TwoKernels(Reparameterizable):
         self.act = activation(act)
 
     def branches(self, x: Tensor) -> Tensor:
+        """Large kernel, small kernel (times `alpha` if learned) and any identity, added."""
         large, small, norm = self.names
         out: Tensor = self.get_submodule(small)(x)
         if self.scaled:
@@ -141,6 +142,7 @@ class SGQARepVGGBlock(Reparameterizable):
         self.rbr_reparam = self.geometry.conv(bias=True)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The last norm over the sum of 3x3, 1x1 (times `alpha` if learned) and identity."""
         point: Tensor = self.branch_1x1(x)
         out: Tensor = self.branch_3x3(x) + (point * self.alpha if self.scaled else point)
         normed: Tensor = self.post_bn(out + x if self.identity else out)
@@ -155,6 +157,7 @@ class ChannelScale(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same, each channel times its factor."""
         return x * self.weight.reshape(1, -1, 1, 1)
 
 
@@ -190,6 +193,7 @@ class LinearAddBlock(Reparameterizable):
         self.bn = nn.BatchNorm2d(out_channels, eps=eps)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The norm over the sum of the scaled 3x3, the scaled 1x1 and, if any, the scaled input."""
         out: Tensor = self.scale_conv(self.conv(x)) + self.scale_1x1(self.conv_1x1(x))
         out = out if self.scale_identity is None else out + self.scale_identity(x)
         normed: Tensor = self.bn(out)
@@ -208,6 +212,7 @@ class ImplicitHead(Reparameterizable):
         self.im = nn.ModuleList([_Implicit(out_channels, 1.0)])
 
     def branches(self, x: Tensor) -> Tensor:
+        """`m.0(x + ia.0) * im.0`, (N, in, H, W) -> (N, out, H, W)."""
         add, times = self.ia[0], self.im[0]
         assert isinstance(add, _Implicit)
         assert isinstance(times, _Implicit)

@@ -46,6 +46,7 @@ class StackedDense(Stacked):
         self.k1, self.b1 = second.weight, second.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, out, H, W): the 3x3 kernel takes the border off again."""
         return F.conv2d(self.bordered(x), self.k1, self.b1)
 
 
@@ -60,6 +61,7 @@ class StackedEdge(Stacked):
         self.mask = nn.Parameter(fixed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, out, H, W): channel i is convolved with `scale[i]` times the mask."""
         kernel = self.scale * self.mask
         return F.conv2d(self.bordered(x), kernel, self.bias, groups=kernel.shape[0])
 
@@ -94,6 +96,7 @@ class ECB(Reparameterizable):
         self.act = nn.PReLU(out_channels) if act == "prelu" else activation(act)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The sum of the five convolutional branches and, where `identity`, the input."""
         out: Tensor = self.conv3x3(x) + self.conv1x1_3x3(x)
         edges: Tensor = self.conv1x1_sbx(x) + self.conv1x1_sby(x) + self.conv1x1_lpl(x)
         out = out + edges
@@ -124,6 +127,7 @@ class ECBSR(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """The enlarged image, (N, colours, scale * H, scale * W)."""
         return F.pixel_shuffle(self.backbone(x) + x, self.scale)
 
 

@@ -38,6 +38,7 @@ class Perceptron(nn.Module):
         self.pw2 = point(2 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same, by way of 2 C channels."""
         out: Tensor = self.pw2(F.relu(self.pw1(x)))
         return out
 
@@ -56,6 +57,7 @@ class CascadedGroupAttention(PositionBias):
         self.add_biases(heads, size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, size, size) -> the same; a head reads its share plus the result before it."""
         height, width = x.shape[2:]
         shares, biases = x.chunk(len(self.qkvs), 1), self.biases()
         outs: list[Tensor] = []
@@ -79,6 +81,7 @@ class WindowAttention(nn.Module):
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same; padding takes part in the last windows and is cut off again."""
         height, width = x.shape[2:]
         side = self.window
         if height <= side and width <= side:
@@ -107,6 +110,7 @@ class Block(nn.Module):
         self.ffn1 = Residual(Perceptron(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same, through the five residual parts in turn."""
         out: Tensor = self.ffn1(self.dw1(self.mixer(self.ffn0(self.dw0(x)))))
         return out
 
@@ -123,6 +127,7 @@ class PatchMerging(nn.Module):
         self.conv3 = point(hidden, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, out, H / 2, W / 2), halves rounded up."""
         inner = F.relu(self.conv2(F.relu(self.conv1(x))))
         out: Tensor = self.conv3(self.se(inner))
         return out
@@ -149,6 +154,7 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The blocks over the downsampled map, its sides halved, or over `x` itself."""
         out: Tensor = self.blocks(self.downsample(x))
         return out
 
@@ -190,6 +196,7 @@ class EfficientViT(nn.Module):
         self.head = NormLinear(channels, num_classes, linear="linear")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes); the first stage sees sides divided by 16, rounded up."""
         x = self.stages(self.patch_embed(x))
         logits: Tensor = self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
         return logits

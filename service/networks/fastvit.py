@@ -37,6 +37,7 @@ class RepMixer(Reparameterizable):
         self.scaled = layer_scale
 
     def branches(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same; without a layer scale the factor is 1."""
         mixed: Tensor = self.mixer(x) - self.norm(x)
         return x + self.layer_scale * mixed if self.scaled else x + mixed
 
@@ -52,6 +53,7 @@ class RepCPE(Reparameterizable):
         self.pe = self.geometry.conv(bias=True)
 
     def branches(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same: the depthwise convolution with bias, plus `x`."""
         out: Tensor = self.pe(x)
         return out + x
 
@@ -67,6 +69,7 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same, by way of `hidden` channels, without a residual of its own."""
         out: Tensor = self.fc2(self.act(self.fc1(self.conv(x))))
         return out
 
@@ -81,6 +84,7 @@ class RepMixerBlock(nn.Module):
         self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same; the token mixer has its residual inside."""
         x = self.token_mixer(x)
         out: Tensor = x + self.layer_scale * self.convffn(x)
         return out
@@ -96,6 +100,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same; each position attends to all H * W of its image."""
         batch, channels, height, width = x.shape
         tokens = x.flatten(2).transpose(1, 2)
         parts = self.qkv(tokens).reshape(batch, height * width, 3, self.heads, self.head)
@@ -118,6 +123,7 @@ class AttentionBlock(nn.Module):
         self.layer_scale_2 = nn.Parameter(torch.full((channels, 1, 1), 1e-5))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same; only the attention has a norm before it."""
         x = x + self.layer_scale_1 * self.token_mixer(self.norm(x))
         out: Tensor = x + self.layer_scale_2 * self.convffn(x)
         return out
@@ -134,6 +140,7 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, H / 2, W / 2), halves rounded up."""
         out: Tensor = self.proj(x)
         return out
 
@@ -186,6 +193,7 @@ class FastViT(nn.Module):
         self.head = nn.Linear(wide, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes); the stem divides H and W by 4, each downsampling by 2."""
         x = self.conv_exp(self.network(self.patch_embed(x)))
         logits: Tensor = self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
         return logits

@@ -48,6 +48,7 @@ class Inception(nn.Module):
         self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1), unit(in_channels, pooled, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The branches' channels in their order: 1x1, 3x3, KxK, pooled."""
         return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)
 
 
@@ -98,6 +99,7 @@ class GoogLeNet(nn.Module):
         self.fc = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes); with `transform_input`, `x` must have three channels."""
         if self.transform_input:
             # Python numbers keep float64 exact where a float32 buffer would not.
             x = torch.cat(

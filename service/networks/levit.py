@@ -19,6 +19,7 @@ class ChannelLinear(nn.Linear):
     """A linear layer over the channels of (N, C, T), with the keys and shapes of nn.Linear."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_features, T) -> (N, out_features, T)."""
         return F.conv1d(x, self.weight.unsqueeze(2), self.bias)
 
 
@@ -33,9 +34,11 @@ class LinearNorm(Reparameterizable):
         self.bn = nn.BatchNorm1d(out_channels)
 
     def deploy_layer(self) -> nn.Module:
+        """A ChannelLinear with bias, which the norm goes into."""
         return ChannelLinear(self.geometry.in_channels, self.geometry.out_channels)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The map and its norm, whose statistics run over batch and tokens."""
         out: Tensor = self.bn(self.linear(x))
         return out
 
@@ -90,6 +93,7 @@ class Attention(PositionBias):
         self.add_biases(heads, size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, size ** 2) -> the same; tokens are the map's positions row by row."""
         tokens = x.shape[2]
         parts = self.qkv(x).reshape(-1, self.heads, sum(self.sizes), tokens)
         query, key, value = parts.split(self.sizes, 2)
@@ -121,6 +125,7 @@ class AttentionDownsample(PositionBias):
         self.add_biases(heads, size, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, size ** 2) -> (N, out, ceil(size / 2) ** 2)."""
         channels, tokens = x.shape[1:]
         parts = self.kv(x).reshape(-1, self.heads, sum(self.sizes), tokens)
         key, value = parts.split(self.sizes, 2)
@@ -142,6 +147,7 @@ class Perceptron(nn.Module):
         self.ln2 = LinearNorm(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, T) -> the same, by way of `hidden` channels and without a residual of its own."""
         out: Tensor = self.ln2(self.act(self.ln1(x)))
         return out
 
@@ -155,6 +161,7 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, T) -> the same: `x + attn(x)`, then the same with `mlp`."""
         x = x + self.attn(x)
         out: Tensor = x + self.mlp(x)
         return out
@@ -169,6 +176,7 @@ class Downsample(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, T) -> (N, out, about T / 4); only the perceptron has a residual."""
         x = self.attn_downsample(x)
         out: Tensor = x + self.mlp(x)
         return out
@@ -183,6 +191,7 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, T) -> (N, out, T'): the blocks over the downsampled tokens, or over `x` itself."""
         out: Tensor = self.blocks(self.downsample(x))
         return out
 
@@ -243,6 +252,7 @@ class LeViT(nn.Module):
         self.head_dist = NormLinear(channels, num_classes, linear="linear") if distilled else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes); of a distilled network the mean of both heads'."""
         tokens = self.stages(self.stem(x).flatten(2)).mean(2)
         logits: Tensor = self.head(tokens)
         return logits if self.head_dist is None else (logits + self.head_dist(tokens)) / 2

@@ -29,6 +29,7 @@ class DepthwiseSeparable(nn.Module):
         self.pointwise = unit(Geometry(in_channels, out_channels, 1), "relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, out, H', W'); the stride divides the sides, rounded up."""
         out: Tensor = self.pointwise(self.depthwise(x))
         return out
 
@@ -63,6 +64,7 @@ class MobileNetV1(nn.Module):
         self.linear = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of the channel means behind `stem`."""
         x = self.stem(self.conv1(x))
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
         logits: Tensor = self.linear(x)

@@ -58,6 +58,7 @@ class MobileOneBlock(Reparameterizable):
         self.rbr_scale = ConvNorm(point, eps) if scale and kernel_size > 1 else None
 
     def branches(self, x: Tensor) -> Tensor:
+        """The sum of KxK branches, 1x1 and identity, of which at least one must exist."""
         outs: list[Tensor] = [branch(x) for branch in self.rbr_conv]
         if self.rbr_scale is not None:
             outs.append(self.rbr_scale(x))
@@ -120,6 +121,7 @@ class MobileOne(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes); stem and stages divide H and W by their strides, rounded up."""
         for index in range(self.num_stages + 1):
             x = self.get_submodule(f"stage{index}")(x)
         logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))

@@ -152,6 +152,7 @@ class SqueezedKernel(nn.Module):
         add_weights(self, spec)
 
     def forward(self) -> Tensor:
+        """(out, in / groups, K, K): the kernel itself; no features pass through this module."""
         return squeeze(self, self.spec)
 
 
@@ -199,6 +200,7 @@ class OREPA(_OnlineBlock):
         self.bn = nn.BatchNorm2d(out_channels, eps=eps)
 
     def kernel(self) -> Tensor:
+        """(out, in / groups, K, K): the six branches as kernels, scaled and added."""
         return squeeze(self, self.spec)
 
 
@@ -231,6 +233,7 @@ class OREPA1x1(_OnlineBlock):
         self.bn = nn.BatchNorm2d(out_channels, eps=eps)
 
     def kernel(self) -> Tensor:
+        """(out, in, 1, 1): the plain kernel and the pair's product, scaled and added."""
         pair = stack_grouped(self.weight_or1x1_l2i_conv1, self.weight_or1x1_l2i_conv2, 1)
         scale = self.vector.reshape(2, -1, 1, 1, 1)
         return self.weight_or1x1_origin * scale[0] + pair * scale[1]
@@ -274,6 +277,7 @@ class OREPALarge(_OnlineBlock):
         self.bn = nn.BatchNorm2d(out_channels, eps=eps)
 
     def kernel(self) -> Tensor:
+        """(out, in / groups, K, K): the 3x3 kernels composed; each but the first adds 2 to K."""
         stages = [getattr(self, f"weight{index}") for index in range(self.layers)]
         kernels = [stage() if isinstance(stage, SqueezedKernel) else stage for stage in stages]
         # A later kernel slides over the earlier one as over an image, with the input channels as
@@ -320,6 +324,7 @@ class OREPARepVGGBlock(Reparameterizable):
         self.rbr_1x1 = ConvNorm(point, eps)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The squeezed kernel's convolution, the 1x1 and any identity, each normed, added."""
         dense: Tensor = self.rbr_dense.get_submodule("bn")(
             convolve(x, self.rbr_dense(), self.geometry)
         )

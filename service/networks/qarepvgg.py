@@ -66,6 +66,7 @@ class QARepVGGBlock(Reparameterizable):
         return out if self.rbr_avg is None else out + self.rbr_avg(x)
 
     def branches(self, x: Tensor) -> Tensor:
+        """`total` under the last norm, which the deploy layer takes up."""
         out: Tensor = self.bn(self.total(x))
         return out
 
@@ -76,6 +77,7 @@ class YoloQARepVGGBlock(QARepVGGBlock):
     tail: ClassVar[tuple[str, ...]] = ("bn", "act")
 
     def branches(self, x: Tensor) -> Tensor:
+        """`total` alone: the last norm belongs to the tail here."""
         return self.total(x)
 
 

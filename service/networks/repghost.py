@@ -56,6 +56,7 @@ class RepGhostModule(Reparameterizable):
         )
 
     def branches(self, x: Tensor) -> Tensor:
+        """The normed depthwise layer, plus the input normed or bare, where it has that."""
         out: Tensor = self.cheap_operation(x)
         for norm in self.fusion_bn:
             out = out + norm(x)
@@ -71,6 +72,7 @@ class Gate(nn.Module):
         self.conv_expand = nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x` times a gate in [0, 1], one for each image and channel."""
         gate = self.conv_expand(F.relu(self.conv_reduce(F.adaptive_avg_pool2d(x, 1))))
         return x * (F.relu6(gate + 3) / 6)
 
@@ -119,6 +121,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, H', W'); the stride divides the sides, rounded up."""
         out: Tensor = self.ghost1(x)
         if self.strided:
             out = self.bn_dw(self.conv_dw(out))
@@ -184,6 +187,7 @@ class RepGhostNet(nn.Module):
         self.classifier = nn.Linear(head_width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes); `conv_head` comes after the pooling, so it sees one position."""
         x = self.blocks(F.relu(self.bn1(self.conv_stem(x))))
         x = F.relu(self.conv_head(F.adaptive_avg_pool2d(x, 1)))
         logits: Tensor = self.classifier(torch.flatten(x, 1))

@@ -48,6 +48,7 @@ class LargeKernelConv(Reparameterizable):
             self.small_conv = ConvNorm(small, eps)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The large kernel plus, if there is one, the small kernel, each normed."""
         out: Tensor = self.lkb_origin(x)
         return out if self.small_conv is None else out + self.small_conv(x)
 
@@ -73,6 +74,7 @@ class LargeKernelBlock(nn.Module):
         self.prelkb_bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same, by way of `inner` channels; nothing follows the sum."""
         inner = F.relu(self.large_kernel(self.pw1(self.prelkb_bn(x))))
         out: Tensor = x + self.pw2(inner)
         return out
@@ -88,6 +90,7 @@ class ConvFFN(nn.Module):
         self.pw2 = unit(Geometry(inner, channels, 1), None, deep=deep)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same, by way of `inner` channels; nothing follows the sum."""
         out: Tensor = x + self.pw2(F.gelu(self.pw1(self.preffn_bn(x))))
         return out
 
@@ -100,6 +103,7 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same, through the blocks in turn."""
         out: Tensor = self.blocks(x)
         return out
 
@@ -156,6 +160,7 @@ class RepLKNet(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes); the stem divides H and W by 4, each transition by 2."""
         x = self.stem(x)
         for index, stage in enumerate(self.stages):
             x = stage(x)

@@ -58,6 +58,7 @@ class RepVGGBlock(Reparameterizable):
         self.rbr_1x1 = ConvNorm(point, eps)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The dense kernel, the 1x1 and, if there is one, the identity, each normed, added."""
         out: Tensor = self.rbr_dense(x) + self.rbr_1x1(x)
         return out if self.rbr_identity is None else out + self.rbr_identity(x)
 
@@ -99,6 +100,7 @@ class PlusStage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The blocks in turn, of which the first may have a stride of 2."""
         out: Tensor = self.blocks(x)
         return out
 
@@ -143,6 +145,7 @@ class RepVGGplus(nn.Module):
         self.linear = nn.Linear(fourth, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of the main output; H and W are divided by 32, rounded up."""
         x = self.stage2(self.stage1(self.stage0(x)))
         x = self.stage4(self.stage3_second(self.stage3_first(x)))
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)

@@ -37,6 +37,7 @@ class RepVGGDW(Reparameterizable):
         self.bn = None if legacy else nn.BatchNorm2d(channels, eps=eps)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The last norm over both convolutions plus `x`; in the `legacy` form the sum alone."""
         out: Tensor = self.conv(x) + self.conv1(x) + x
         return out if self.bn is None else self.bn(out)
 
@@ -52,9 +53,11 @@ class Classifier(Reparameterizable):
         self.classifier_dist = NormLinear(channels, num_classes) if distilled else None
 
     def deploy_layer(self) -> nn.Module:
+        """One linear layer with bias, also for two distilled heads."""
         return nn.Linear(self.geometry.in_channels, self.geometry.out_channels)
 
     def branches(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, num_classes): the head's logits, or the mean of both heads'."""
         out: Tensor = self.classifier(x)
         return out if self.classifier_dist is None else (out + self.classifier_dist(x)) / 2
 
@@ -82,6 +85,7 @@ class RepViTBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, inner, H, W) -> (N, outer, H', W'); the stride divides the sides, rounded up."""
         out: Tensor = self.channel_mixer(self.token_mixer(x))
         return out
 
@@ -115,6 +119,7 @@ class RepViT(nn.Module):
         self.classifier = Classifier(channels, num_classes, distilled)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of the channel means; the stem divides H and W by 4."""
         x = torch.flatten(F.adaptive_avg_pool2d(self.features(x), 1), 1)
         logits: Tensor = self.classifier(x)
         return logits

@@ -28,6 +28,7 @@ class BasicBlock(nn.Module):
         self.conv2 = unit(Geometry(planes, planes, 3, 1, 1, groups=groups), None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, planes, H', W'); the stride divides the sides, rounded up."""
         return F.relu(self.conv2(self.conv1(x)) + self.shortcut(x))
 
 
@@ -54,6 +55,7 @@ class Bottleneck(nn.Module):
         self.conv3 = unit(Geometry(planes, outer, 1), None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, planes * expansion, H', W'), sides over the stride rounded up."""
         return F.relu(self.conv3(self.conv2(self.conv1(x))) + self.shortcut(x))
 
 
@@ -114,6 +116,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of the last stage's channel means."""
         for index in range(self.num_stages + 1):
             x = self.get_submodule(f"stage{index}")(x)
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)

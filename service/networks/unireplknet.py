@@ -59,6 +59,7 @@ class DilatedReparamBlock(Reparameterizable):
             self.add_module(f"dil_bn_k{k}_{r}", nn.BatchNorm2d(channels, eps=eps))
 
     def branches(self, x: Tensor) -> Tensor:
+        """The large kernel and the dilated ones, each normed, added: (N, C, H, W) -> the same."""
         out: Tensor = self.origin_bn(self.lk_origin(x))
         for k, r in self.dilated:
             conv, norm = (self.get_submodule(f"dil_{kind}_k{k}_{r}") for kind in ("conv", "bn"))
@@ -77,6 +78,7 @@ class SmallDepthwise(Reparameterizable):
         self.weight = nn.Parameter(self.geometry.conv(bias=False).weight.detach())
 
     def branches(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same; the norm of the block around it is folded in too."""
         g = self.geometry
         return F.conv2d(x, self.weight, None, 1, g.padding, 1, g.groups)
 
@@ -93,6 +95,7 @@ class ResponseNorm(nn.Module):
         self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x` times 1 + gamma times its channel's L2 norm over the mean of all channels'."""
         length = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
         relative = length / (length.mean(1, keepdim=True) + 1e-6)
         out: Tensor = (self.gamma.reshape(1, -1, 1, 1) * relative + 1) * x
@@ -103,6 +106,7 @@ class PointwiseLinear(nn.Linear):
     """A linear layer over the channels of (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_features, H, W) -> (N, out_features, H, W)."""
         return F.conv2d(x, self.weight.unsqueeze(2).unsqueeze(3), self.bias)
 
 
@@ -117,9 +121,11 @@ class Projection(Reparameterizable):
         self.add_module("2", nn.BatchNorm2d(channels))
 
     def deploy_layer(self) -> nn.Module:
+        """A PointwiseLinear with bias, which also takes up the block's shift and scale."""
         return PointwiseLinear(self.geometry.in_channels, self.geometry.out_channels)
 
     def branches(self, x: Tensor) -> Tensor:
+        """The linear map, then the norm: (N, inner, H, W) -> (N, C, H, W)."""
         out: Tensor = self.get_submodule("2")(self.get_submodule("0")(x))
         return out
 
@@ -150,6 +156,7 @@ class UniRepLKNetBlock(nn.Module):
         self.gamma: nn.Parameter | None = nn.Parameter(torch.full((channels,), 1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same, in training and in deploy form: what was absorbed is None."""
         y = self.dwconv(x)
         if self.norm is not None:
             y = self.norm(y)
@@ -173,6 +180,7 @@ class ChannelNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same: each position is normed over its own channels."""
         last = x.permute(0, 2, 3, 1)
         normed = F.layer_norm(last, (last.shape[3],), self.weight, self.bias, self.eps)
         return normed.permute(0, 3, 1, 2)
@@ -228,6 +236,7 @@ class UniRepLKNet(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes); the first stage sees H and W over 4, each later halves them."""
         for down, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(down(x))
         logits: Tensor = self.head(self.norm(x.mean((2, 3))))

@@ -52,6 +52,7 @@ class StagedVGG(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of the last stage's channel means."""
         for index in range(self.num_stages + 1):
             x = self.get_submodule(f"stage{index}")(x)
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
