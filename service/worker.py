@@ -149,6 +149,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs: false before `start`, and once it has ended."""
         return self._thread.is_alive()
 
     def conversions(self) -> dict[str, Tallied]:

@@ -43,6 +43,7 @@ class ConnectionLimits:
 
     @classmethod
     def of(cls, settings: Settings) -> ConnectionLimits:
+        """The six limits as the settings have them, `max_connections` to `min_bytes_per_second`."""
         return cls(
             settings.max_connections,
             settings.max_head_bytes,
@@ -85,6 +86,7 @@ class Connection(HttpToolsProtocol):
     # ---- connections --------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock for the first head, or refuse one connection more than the limit."""
         super().connection_made(transport)
         if self.count(len(self.connections)) > self.limits.connections:
             self._answer(
@@ -94,6 +96,7 @@ class Connection(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(self.limits.head_seconds, self._no_head)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clocks, and tell `count` that there is one connection less."""
         for timer in (self._head_timer, self._drain_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
@@ -103,6 +106,7 @@ class Connection(HttpToolsProtocol):
     # ---- heads --------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        """Parse, then bound what no callback of the parser sees: endless headers, idle clients."""
         if self.transport.is_closing():
             return
         super().data_received(data)
@@ -122,18 +126,22 @@ class Connection(HttpToolsProtocol):
             )
 
     def on_message_begin(self) -> None:
+        """A head begins: its bytes and fields are counted from zero."""
         super().on_message_begin()
         self._in_head, self._head_bytes, self._head_fields = True, 0, 0
 
     def on_url(self, url: bytes) -> None:
+        """Count the bytes of a piece of the address. Raises HeadTooLarge, which ends the parser."""
         super().on_url(url)
         self._count(len(url), 0)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header with its separators. Raises HeadTooLarge, which ends the parser."""
         super().on_header(name, value)
         self._count(len(name) + len(value) + 4, 1)
 
     def on_headers_complete(self) -> None:
+        """The head is whole: stop its clock before uvicorn starts the application."""
         self._in_head = False
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -175,6 +183,7 @@ class Connection(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
+        """Watch that the answer is read, or limit how long the rest of the body may come."""
         super().on_response_complete()
         if self.transport.is_closing():
             # It closes once everything is sent, and somebody must read for that.
@@ -183,22 +192,26 @@ class Connection(HttpToolsProtocol):
             self._drain_timer = self.loop.call_later(_DRAIN_SECONDS, self.transport.abort)
 
     def on_message_complete(self) -> None:
+        """The body is whole: nothing is left to throw away."""
         if self._drain_timer is not None:
             self._drain_timer.cancel()
             self._drain_timer = None
         super().on_message_complete()
 
     def pause_writing(self) -> None:
+        """The client takes less than is sent: from now on its pace is measured."""
         super().pause_writing()
         self._watch_reader()
 
     def resume_writing(self) -> None:
+        """The client has caught up: its pace does not matter until the next pause."""
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
 
     def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection, at once if its last answer is still unread."""
         if self.transport.get_write_buffer_size():
             self.transport.abort()  # the last answer was not even read
         else:

@@ -32,10 +32,13 @@ class DirectRoute(APIRoute):
 
     @property
     def serve(self) -> Endpoint:
+        """The function that `direct` was given. Raises KeyError where `direct` was not used."""
         endpoint: Endpoint = vars(self.endpoint)["serve"]
         return endpoint
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Call `serve` also where `DirectDispatch` passed a request on; FastAPI solves nothing."""
+
         async def handler(request: Request) -> Response:
             return await self.serve(request)
 
@@ -77,6 +80,7 @@ class DirectDispatch:
         self._find = find
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a POST to a direct route, own errors as problems; pass anything else on."""
         found = None
         if (
             scope["type"] == "http"

@@ -101,6 +101,7 @@ class Guard:
         self._rate = rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its `Caller` in `state["caller"]`, or answer with its refusal."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -57,6 +57,11 @@ class AroundEveryRequest:
         self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; what it raises is answered as a problem and logged.
+
+        Only once an answer has begun is the exception raised again, which cuts the answer off. A
+        client that left is no error, and scopes other than HTTP are passed on as they are.
+        """
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -45,6 +45,7 @@ class Interval:
         return self.low <= value <= self.high
 
     def to_dict(self) -> dict[str, float]:
+        """A JSON-able form: `low` and `high`, in the unit of the interval."""
         return asdict(self)
 
 

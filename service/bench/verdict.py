@@ -47,6 +47,7 @@ class BenchPlan:
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form: every field by its name, in the units above."""
         return {**self.__dict__, "batch_sizes": list(self.batch_sizes)}
 
 

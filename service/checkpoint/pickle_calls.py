@@ -32,6 +32,7 @@ class Storage:
 
     @property
     def bytes(self) -> int:
+        """Length of all elements together. Raises KeyError for a type that is not read."""
         return self.count * STORAGE_ITEM_BYTES[self.type]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Global:
+    """A function or class as the pickle names it, `module.name`; it is never imported."""
+
     name: str
 
 
@@ -37,6 +39,7 @@ class Container:
         self.has_state = has_state
 
     def add(self, item: Any) -> None:
+        """Count one item more, and what it means for `depth`, `plain` and `pairs`."""
         plain = is_plain(item)
         if not self.size:
             self.first_plain = plain
@@ -57,6 +60,7 @@ class Nested(tuple[Any, ...]):
 
 
 def depth_of(item: Any) -> int:
+    """Levels of containers in a value: 0 for a value that holds none, 1 for a plain tuple."""
     if type(item) is tuple:
         return 1
     return item.depth if isinstance(item, Nested | Container) else 0

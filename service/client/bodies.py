@@ -27,21 +27,26 @@ class Counted(io.RawIOBase):
         file.seek(0)
 
     def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes, -1 for all; `progress` is told the position and the length."""
         data = self._file.read(size)
         if self._progress is not None and data:
             self._progress(self._file.tell(), self._size)
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move in the file itself, as for a repeated request; the new position in bytes."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
+        """The position in the file, which is how many bytes were sent since it was last rewound."""
         return self._file.tell()
 
     def readable(self) -> bool:
+        """True: this is for sending, whatever the wrapped file says."""
         return True
 
     def seekable(self) -> bool:
+        """True: the wrapped file was already sought to learn its length."""
         return True
 
 

@@ -185,4 +185,5 @@ def error_of(response: httpx.Response) -> FoldserveError:
 
 
 def query_of(**values: Any) -> Json:
+    """Query parameters without those that are None: the service has defaults for them."""
     return {name: value for name, value in values.items() if value is not None}

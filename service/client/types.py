@@ -39,6 +39,7 @@ class Version:
 
     @classmethod
     def of(cls, raw: Json) -> Version:
+        """From the resource as the service answers it. Raises KeyError when a field is missing."""
         names = ("model", "version", "state", "checkpoint", "architecture", "fusion", "error")
         return cls(**{name: raw[name] for name in names}, raw=raw)
 

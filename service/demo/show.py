@@ -25,6 +25,7 @@ class Judged:
 
     @property
     def accuracy(self) -> float:
+        """Share of the rows that were answered right, 0 to 1."""
         return self.right / self.rows
 
 

@@ -42,6 +42,8 @@ class CertificateLimits:
 
 @dataclass(frozen=True)
 class RegionCheck:
+    """A fused or merged region and its `error`, which `CertificateLimits.region_error` bounds."""
+
     module: str
     error: float
 

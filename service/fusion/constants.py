@@ -62,10 +62,12 @@ class Constants(Mapping[str, Tensor]):
 
     @property
     def computed(self) -> frozenset[str]:
+        """Names of the nodes among the constants, batch expansions included, weights not."""
         return frozenset(self._pending)
 
     @property
     def expansions(self) -> frozenset[str]:
+        """Names of the nodes that repeat a constant along the batch; see the class."""
         return frozenset(self._expansions)
 
     def settled(self, name: str) -> bool:

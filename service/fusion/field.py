@@ -58,6 +58,7 @@ class Field:
         return deviation <= CONSTANT_TOLERANCE * scale
 
     def is_zero(self) -> bool:
+        """Whether every stored entry is exactly zero, the border's included."""
         return not bool(self.values.any())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Field:

@@ -52,6 +52,7 @@ class Geometry:
 
     @staticmethod
     def identity(channels: int, size: tuple[int, ...]) -> Geometry:
+        """Of the identity on a map of `size` positions: depthwise, all kernels 1."""
         one, zero = (1,) * len(size), (0,) * len(size)
         return Geometry(channels, channels, channels, one, one, zero, one, size, size)
 
@@ -72,10 +73,12 @@ class Geometry:
 
     @property
     def depthwise(self) -> bool:
+        """Whether each output channel reads the input channel of its own number alone."""
         return self.groups == self.in_channels == self.out_channels
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
+        """`[O, C / groups, *k]`, the shape of the kernel that `Form.weight` computes."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)
 
     @property
@@ -134,6 +137,7 @@ class Weight:
 
     @staticmethod
     def of(tensor: Tensor) -> Weight:
+        """From a float64 tensor, which is kept as it is and cloned at every reading."""
         return Weight(tuple(tensor.shape), tensor.clone)
 
 

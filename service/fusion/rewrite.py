@@ -37,6 +37,8 @@ class Region:
 
 @dataclass(frozen=True)
 class Rewritten:
+    """A fused program and its regions; `renamed` maps old values to new ones of another name."""
+
     program: Program
     regions: tuple[Region, ...]
     renamed: dict[str, str]

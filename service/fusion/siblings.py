@@ -51,6 +51,8 @@ class Apart:
 
 @dataclass(frozen=True)
 class Merged:
+    """The program with its merges made, or as it was given, and what stayed `apart`."""
+
     program: Program
     merges: tuple[Merge, ...]
     apart: tuple[Apart, ...] = ()

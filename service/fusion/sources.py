@@ -25,6 +25,7 @@ class Rule(Enum):
 
     @property
     def source(self) -> str:
+        """Paper and section, or the definition, from which the rule follows."""
         return _SOURCES[self]
 
 

@@ -45,6 +45,10 @@ def operator_name(target: str) -> str:
 
 
 def output_names(node: Mapping[str, Any]) -> Iterator[str]:
+    """Names of a node's results, lists of tensors flattened; a fixed integer has none.
+
+    Raises InvalidProgram for a result that is neither a tensor, a list of them, nor an integer.
+    """
     for item in items(node.get("outputs"), "A node"):
         tag, content = union(item, "A node's output")
         if tag == "as_tensor":
@@ -71,12 +75,18 @@ def module_path(metadata: Any) -> str:
 
 
 def text_of(value: Any, what: str) -> str:
+    """`value` if it is text. Raises InvalidProgram with `what` as the sentence's subject."""
     if not isinstance(value, str):
         raise InvalidProgram(f"{what} is not text.")
     return value
 
 
 def scalar_of(tag: str, content: Any, what: str) -> bool | int | float | str:
+    """The number, truth value or text that `tag` says `content` is.
+
+    `tag` is one of `as_int`, `as_float`, `as_bool` and `as_string`. Infinities and NaN are spelled
+    as text. Raises InvalidProgram for another type, and for an integer that 64 bits do not hold.
+    """
     if tag == "as_float" and isinstance(content, str) and content in _SPECIAL_FLOATS:
         return float(content)
     expected: dict[str, tuple[type, ...]] = {

@@ -93,6 +93,7 @@ SPELLINGS = {
 
 
 def named(given: Mapping[str, Argument], *names: str) -> dict[str, Argument]:
+    """A copy of a call's arguments. Raises InvalidProgram unless they are exactly `names`."""
     if set(given) != set(names):
         odd = sorted(set(given) ^ set(names))[0]
         raise InvalidProgram(f"A call lacks or does not have the argument {odd[:80]!r}.")

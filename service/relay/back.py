@@ -57,6 +57,7 @@ class Back(Link):
         self.write(wire.DRAIN, 0)
 
     def received(self, kind: int, number: int, payload: bytes) -> None:
+        """Begin a request, or hand a frame to its own; frames of one that is over are dropped."""
         if kind == wire.HELLO:
             self._ready()
             return
@@ -81,6 +82,7 @@ class Back(Link):
             exchange.taken(wire.COUNT.unpack(payload)[0])
 
     def connection_lost(self, error: Exception | None) -> None:
+        """The front is gone: open requests see that their clients left, then `lost` is called."""
         for exchange in self._open.values():
             exchange.leave()
         self._lost()

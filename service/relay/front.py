@@ -70,6 +70,7 @@ class Front(Link):
     # ---- the application ------------------------------------------------------------------
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Have a request answered by the back. Raises Aborted if its application failed midway."""
         number, exchange = next(self._numbers), _Exchange()
         self._open[number] = exchange
         forwarding = asyncio.ensure_future(self._forward(number, exchange, scope, receive))
@@ -204,6 +205,7 @@ class Front(Link):
     # ---- the link -------------------------------------------------------------------------
 
     def received(self, kind: int, number: int, payload: bytes) -> None:
+        """Free shared memory, begin the drain, or hand a frame to its request if still open."""
         if kind == wire.FREE:
             self._release(wire.COUNT.unpack(payload)[0])
         elif kind == wire.DRAIN:
@@ -218,4 +220,5 @@ class Front(Link):
             exchange.arrived.put_nowait((kind, payload))
 
     def connection_lost(self, error: Exception | None) -> None:
+        """The back is gone, in order or by accident: `lost` is called."""
         self._lost()

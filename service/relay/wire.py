@@ -61,9 +61,11 @@ class Link(asyncio.Protocol):
         self._rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """From now on frames are sent; those written before are lost."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's does not derive from it
 
     def data_received(self, data: bytes) -> None:
+        """Hand whole frames to `received`; keep the rest. Raises ValueError for one over 1 MiB."""
         data = self._rest + data if self._rest else data
         at, size = 0, len(data)
         while size - at >= _HEAD.size:

@@ -33,6 +33,7 @@ class Timing:
     batches: int
 
     def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form: every field by its name, times in seconds."""
         return {
             "queue_seconds": self.queue_seconds,
             "compute_seconds": self.compute_seconds,
@@ -136,6 +137,7 @@ class Slice:
 
     @property
     def rows(self) -> tuple[Tensor, ...]:
+        """Its part of each input, [stop - start, ...], as views of the request's rows."""
         whole = self.request.rows
         if self.stop - self.start == len(self.request):
             return whole

@@ -101,6 +101,7 @@ class Runner:
 
     @property
     def idle_seconds(self) -> float:
+        """Seconds since it was last touched, or made."""
         return time.monotonic() - self.last_used
 
     def touch(self) -> None:
@@ -108,6 +109,7 @@ class Runner:
         self.last_used = time.monotonic()
 
     def loaded(self) -> LoadedModel:
+        """What there is to tell about it, with counts and idle time of this moment."""
         return LoadedModel(
             self.key,
             self.description,

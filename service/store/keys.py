@@ -54,6 +54,7 @@ class KeyRecord:
 
     @classmethod
     def of(cls, row: ApiKeyRow) -> Self:
+        """The row's values at this moment, its scopes as a set."""
         scopes = frozenset(Scope(scope) for scope in row.scopes.split())
         return cls(
             row.id, row.name, row.digest, scopes, row.created_at, row.expires_at, row.revoked_at

@@ -49,6 +49,7 @@ class ModelRecord:
 
     @classmethod
     def of(cls, row: ModelRow) -> Self:
+        """The row's values at this moment; a later change of the row does not show."""
         return cls(row.name, row.default_version, row.default_pinned, row.created_at)
 
 
@@ -74,6 +75,7 @@ class VersionRecord:
 
     @classmethod
     def of(cls, row: VersionRow) -> Self:
+        """The row's values at this moment, with its model's name and its artifacts by kind."""
         return cls(
             model=row.model.name,
             version=row.number,
@@ -109,6 +111,7 @@ class EventRecord:
 
     @classmethod
     def of(cls, row: EventRow) -> Self:
+        """The row's values; events are never changed."""
         return cls(row.number, row.kind, row.data, row.created_at)
 
 
@@ -123,6 +126,7 @@ class BenchmarkRecord:
 
     @classmethod
     def of(cls, row: BenchmarkRow, model: str, version: int) -> Self:
+        """The row's result; `model` and `version` are those by which the caller found it."""
         return cls(model, version, row.result, row.created_at)
 
 

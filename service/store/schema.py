@@ -40,9 +40,11 @@ class UtcDateTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To UTC before it is stored; a naive value is taken for local time."""
         return value if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Aware and in UTC; what comes back without a zone was stored as UTC."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
@@ -59,6 +61,8 @@ def utc_now() -> datetime:
 
 
 class Base(DeclarativeBase):
+    """What all tables share: each index and constraint gets a name that migrations can rely on."""
+
     metadata = MetaData(
         naming_convention={
             "pk": "pk_%(table_name)s",
@@ -70,6 +74,8 @@ class Base(DeclarativeBase):
 
 
 class ModelRow(Base):
+    """A name that was ever a model's; `last_version` never falls, even when it is deleted."""
+
     __tablename__ = "models"
 
     id: Mapped[int] = mapped_column(_Id, primary_key=True)
@@ -82,6 +88,8 @@ class ModelRow(Base):
 
 
 class VersionRow(Base):
+    """One uploaded checkpoint and what became of it; `worker` is whoever converts or did so."""
+
     __tablename__ = "versions"
     __table_args__ = (
         UniqueConstraint("model_id", "number"),
@@ -116,6 +124,8 @@ class VersionRow(Base):
 
 
 class ArtifactRow(Base):
+    """One blob beside the checkpoint that a version needs, by its `kind`."""
+
     __tablename__ = "artifacts"
     __table_args__ = (Index(None, "sha256"),)
 
@@ -127,6 +137,8 @@ class ArtifactRow(Base):
 
 
 class EventRow(Base):
+    """One thing that happened to a version, the `number`-th since it was uploaded."""
+
     __tablename__ = "events"
 
     version_id: Mapped[int] = mapped_column(
@@ -139,6 +151,8 @@ class EventRow(Base):
 
 
 class BenchmarkRow(Base):
+    """One measurement of a version; ids grow, so that the largest is the last."""
+
     __tablename__ = "benchmarks"
     __table_args__ = (Index(None, "version_id", "id"),)
 
@@ -149,6 +163,8 @@ class BenchmarkRow(Base):
 
 
 class ApiKeyRow(Base):
+    """One API key: `digest` is the SHA-256 of it in hex, `scopes` are words between spaces."""
+
     __tablename__ = "api_keys"
 
     id: Mapped[str] = mapped_column(String(16), primary_key=True)

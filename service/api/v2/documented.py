@@ -20,20 +20,28 @@ class ErrorAnswer(BaseModel):
 
 
 class ServerMetadataAnswer(Answer):
+    """Which server this is, and the extensions of the protocol that it offers."""
+
     name: str = Field(examples=["foldserve"])
     version: str
     extensions: list[str] = Field(examples=[["binary_tensor_data", "model_repository"]])
 
 
 class LiveAnswer(Answer):
+    """Always true: a server that is not live does not answer."""
+
     live: bool
 
 
 class ReadyAnswer(Answer):
+    """False while models are still being loaded, and from the beginning of the drain."""
+
     ready: bool
 
 
 class ModelReadyAnswer(Answer):
+    """Whether the version asked for, or else the default, is loaded and answers at once."""
+
     name: str
     ready: bool
 
@@ -47,6 +55,8 @@ class TensorAnswer(Answer):
 
 
 class ModelMetadataAnswer(Answer):
+    """The versions of a model that can serve, and what one of them takes and gives."""
+
     name: str
     versions: list[str] = Field(examples=[["1", "2"]])
     platform: str
@@ -55,6 +65,8 @@ class ModelMetadataAnswer(Answer):
 
 
 class StatisticsAnswer(Answer):
+    """One entry for each loaded version, with counts since it was loaded."""
+
     model_stats: list[dict[str, Any]]
 
 

@@ -54,6 +54,7 @@ class InferRequest:
 
     @property
     def binary(self) -> bool:
+        """Whether outputs go out as bytes behind the JSON where no wish says otherwise."""
         return self.parameters.get("binary_data_output") is True
 
     @property
@@ -72,11 +73,13 @@ class OutputTensor:
 
     @property
     def datatype(self) -> str:
+        """The protocol's name of the elements' type, such as `FP32`; BYTES for texts."""
         values = self.values
         return datatypes.of_array(values) if isinstance(values, np.ndarray) else "BYTES"
 
     @property
     def shape(self) -> list[int]:
+        """All sizes, rows first; of texts [N, classes], which takes at least one row."""
         if isinstance(self.values, np.ndarray):
             return list(self.values.shape)
         return [len(self.values), len(self.values[0])]

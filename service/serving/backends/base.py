@@ -73,16 +73,24 @@ class Prepared(Protocol):
     """
 
     @property
-    def inputs(self) -> tuple[RowSpec, ...]: ...
+    def inputs(self) -> tuple[RowSpec, ...]:
+        """Name, shape and dtype of one row of each input, in the order that `run` takes."""
+        ...
 
     @property
-    def outputs(self) -> tuple[RowSpec, ...]: ...
+    def outputs(self) -> tuple[RowSpec, ...]:
+        """Name, shape and dtype of one row of each output, in the order that `run` gives."""
+        ...
 
     @property
-    def batch_sizes(self) -> tuple[int, ...]: ...
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The prepared numbers of rows, ascending; the last is the most that `run` takes."""
+        ...
 
     @property
-    def streams(self) -> Streams | None: ...
+    def streams(self) -> Streams | None:
+        """How to run several batches at once; None before `warm`, or where that is not possible."""
+        ...
 
     def warm(self) -> Iterator[None]:
         """Make it ready, in steps short enough that other programs can run in between.
@@ -101,7 +109,9 @@ class Prepared(Protocol):
         """
         ...
 
-    def describe(self) -> Description: ...
+    def describe(self) -> Description:
+        """How it runs; `warm` may still change threads, layout, notes and what was measured."""
+        ...
 
     def close(self) -> None:
         """Give the memory back; the object must not be used afterwards."""
@@ -112,7 +122,9 @@ class Backend(Protocol):
     """A way to execute programs."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name by which `config` chooses it."""
+        ...
 
     def prepare(
         self,

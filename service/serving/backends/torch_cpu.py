@@ -96,6 +96,7 @@ class TorchCpu:
         return self._run(batch, self._way, self._threads)
 
     def describe(self) -> Description:
+        """Threads and layout as `warm` chose them; before, all threads and contiguous layout."""
         return Description(
             backend="torch",
             backend_version=str(torch.__version__),
@@ -110,6 +111,7 @@ class TorchCpu:
         )
 
     def close(self) -> None:
+        """Let the weights go, packed ones too; a later `run` raises BackendFailed."""
         self._way = None
 
     def _run(self, batch: tuple[Tensor, ...], way: _Way, threads: int) -> tuple[Tensor, ...]:

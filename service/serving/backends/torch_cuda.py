@@ -127,6 +127,7 @@ class TorchCuda:
         return tuple(answers)
 
     def describe(self) -> Description:
+        """`notes` tell when graphs could not be captured, so that the program runs eagerly."""
         return Description(
             backend="torch",
             backend_version=str(torch.__version__),
@@ -141,6 +142,7 @@ class TorchCuda:
         )
 
     def close(self) -> None:
+        """Free graphs, weights and staging memory; a later `run` raises BackendFailed."""
         self._module = None
         for captured in self._captured.values():
             captured.graph.reset()

@@ -16,6 +16,7 @@ _time = sa.DateTime(timezone=True)
 
 
 def upgrade() -> None:
+    """Make the tables of models, versions, artifacts, events and benchmarks."""
     op.create_table(
         "models",
         sa.Column("id", _id, nullable=False),
@@ -95,5 +96,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Drop them with all that they hold."""
     for table in ("benchmarks", "events", "artifacts", "versions", "models"):
         op.drop_table(table)

@@ -15,6 +15,7 @@ _time = sa.DateTime(timezone=True)
 
 
 def upgrade() -> None:
+    """Make the table of API keys, to which no other table refers."""
     op.create_table(
         "api_keys",
         sa.Column("id", sa.String(16), nullable=False),
@@ -29,4 +30,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Drop the keys; as only their hashes were stored, none can be made valid again."""
     op.drop_table("api_keys")
