@@ -37,7 +37,7 @@ class DirectRoute(APIRoute):
         return endpoint
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Call `serve` also where `DirectDispatch` passed a request on; FastAPI solves nothing."""
+        """Call `serve` where `DirectDispatch` passed a request on; no parameter is solved."""
 
         async def handler(request: Request) -> Response:
             return await self.serve(request)

@@ -85,7 +85,7 @@ def scalar_of(tag: str, content: Any, what: str) -> bool | int | float | str:
     """The number, truth value or text that `tag` says `content` is.
 
     `tag` is one of `as_int`, `as_float`, `as_bool` and `as_string`. Infinities and NaN are spelled
-    as text. Raises InvalidProgram for another type, and for an integer that 64 bits do not hold.
+    as text. Raises InvalidProgram for another type, and for an integer of more than 63 bits.
     """
     if tag == "as_float" and isinstance(content, str) and content in _SPECIAL_FLOATS:
         return float(content)

@@ -113,7 +113,7 @@ class CifarVGG(nn.Module):
         self.linear2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes); five poolings leave one position of 32x32, so no other size fits."""
+        """Logits (N, classes); five poolings leave one position of 32x32, as `linear1` needs."""
         x = torch.flatten(self.stem(x), 1)
         logits: Tensor = self.linear2(F.relu(self.linear1(x)))
         return logits

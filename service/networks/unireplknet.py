@@ -95,7 +95,7 @@ class ResponseNorm(nn.Module):
         self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` times 1 + gamma times its channel's L2 norm over the mean of all channels'."""
+        """`x * (1 + gamma * r)`, r being a channel's L2 norm over the mean of all channels'."""
         length = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
         relative = length / (length.mean(1, keepdim=True) + 1e-6)
         out: Tensor = (self.gamma.reshape(1, -1, 1, 1) * relative + 1) * x
