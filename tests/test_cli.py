@@ -140,6 +140,17 @@ def test_blocks_of_an_unknown_network_are_said_to_need_its_graph(
     assert ("cannot be served" in capsys.readouterr().out.replace("\n", " ")) == (shape is None)
 
 
+def test_what_was_assumed_is_said_of_every_conversion(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = dict.fromkeys(("fused", "kept", "refused", "blocks"), 1)
+    errors = {"error_float64": 1e-15, "error_end_to_end": 1e-7}
+    architecture = {"family": "repvgg", "name": "RepVGG", "input_shape": [3, 8, 8]}
+    show.certificate(architecture, counts | errors, "net.pth")
+    assert "assumed" not in capsys.readouterr().out
+    sentence = "The input is taken to be [3, 8, 8]."
+    show.certificate(architecture | {"assumed": [sentence]}, counts | errors, "net.pth")
+    assert f"assumed {sentence}" in capsys.readouterr().out
+
+
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
     """A folder with a module of a user's own."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from service.commands import show
@@ -69,9 +70,8 @@ def inspect(
         show.as_json({**_without_files(result), "report": report})
         return
     show.certificate(result["architecture"], result["fusion"], f"{source} ({result['form']} form)")
-    for name in ("evidence", "assumed"):
-        for sentence in result["architecture"].get(name, []):
-            show.out.print(f"[dim]{name}[/] {sentence}", highlight=False)
+    for sentence in result["architecture"].get("evidence", ()):
+        show.out.print(f"[dim]evidence[/] {escape(sentence)}", highlight=False)
     typer.echo(f"\n{text}")
 
 

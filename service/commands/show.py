@@ -11,6 +11,7 @@ import httpx
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from service.errors import FoldserveError
@@ -62,7 +63,7 @@ def refusals() -> Iterator[None]:
 
 
 def certificate(architecture: dict[str, Any], fusion: dict[str, Any], title: str) -> None:
-    """The table of what a conversion found and proved."""
+    """What a conversion found and proved, and what it took for granted."""
     table = Table(title=title, title_justify="left", show_header=True, header_style="dim")
     table.add_column("")
     table.add_column("training form", justify="right")
@@ -88,6 +89,8 @@ def certificate(architecture: dict[str, Any], fusion: dict[str, Any], title: str
         f"{_small(fusion['error_end_to_end'])} as served, relative to the output's variation",
         highlight=False,
     )
+    for sentence in architecture.get("assumed", ()):
+        out.print(f"[dim]assumed[/] {escape(sentence)}", highlight=False)
     if extents is None:
         out.print(PARTIAL, highlight=False)
 
