@@ -3,7 +3,7 @@
 Every soak test names its share of `SOAK_SECONDS` (environment; default 1,800 s, thirty minutes):
 `@pytest.mark.soak(share=0.1)` (0.02 when it says nothing). It is ended when the share is over, and
 asks `budget` how long its own loop may go on. Shares that sum to more than 1 are scaled down, so
-the sum of all is bounded.
+the sum of all is bounded. What a test leaves of its share falls to those that come after it.
 
 A test that keeps a promise says so with `tell`. The rows come at the end of every long run, and of
 any other run with `-s`; a row held if its test passed.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -21,6 +21,7 @@ Tell = Callable[[str, str, str, str], None]
 SECONDS = 1800.0
 _SHARE = 0.02
 _ALLOWED = pytest.StashKey[float]()
+_SHARES = pytest.StashKey["Shares"]()
 _OWN = 0.85
 """The part of its share that a test spends in its loop; the rest is for all around it."""
 
@@ -43,14 +44,35 @@ def total_seconds() -> float:
     return float(os.environ.get("SOAK_SECONDS", SECONDS))
 
 
+class Shares:
+    """How the time is divided among the tests that have begun or are yet to begin."""
+
+    def __init__(self, shares: dict[str, float], seconds: float) -> None:
+        self._shares = dict(shares)
+        self._rest = max(1.0, sum(shares.values()))
+        self._end = time.monotonic() + seconds
+
+    def begin(self, name: str) -> float:
+        """The seconds of the test that begins now: its part of what is left."""
+        share, rest = self._shares.pop(name, _SHARE), self._rest
+        self._rest -= share
+        return max(1.0, share / max(rest, share) * (self._end - time.monotonic()))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Hold every long test to its share."""
+    """Divide the time."""
     marks = {item: mark for item in session.items if (mark := item.get_closest_marker("soak"))}
-    shares = {item: float(mark.kwargs.get("share", _SHARE)) for item, mark in marks.items()}
-    whole = max(1.0, sum(shares.values()))
-    for item, share in shares.items():
-        item.stash[_ALLOWED] = share / whole * total_seconds()
+    shares = {item.nodeid: float(mark.kwargs.get("share", _SHARE)) for item, mark in marks.items()}
+    session.config.stash[_SHARES] = Shares(shares, total_seconds())
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hold a long test to its share; before the plugin that ends it looks how long it may take."""
+    if item.get_closest_marker("soak"):
+        item.stash[_ALLOWED] = item.config.stash[_SHARES].begin(item.nodeid)
         item.add_marker(pytest.mark.timeout(item.stash[_ALLOWED]))
+    return (yield)
 
 
 @pytest.fixture

@@ -106,8 +106,8 @@ class ECB(Reparameterizable):
 class ECBSR(nn.Module):
     """`num_blocks` + 2 blocks and a pixel shuffle; the input is added before the shuffle.
 
-    (N, colours, H, W) -> (N, colours, scale * H, scale * W), with `in_channels` colours, 1 or one
-    a channel of the last block.
+    (N, colours, H, W) -> (N, colours, scale * H, scale * W), with `in_channels` colours: one in the
+    project; more are each added to the pixels that they become, as in BasicSR.
     """
 
     def __init__(
@@ -125,10 +125,12 @@ class ECBSR(nn.Module):
         blocks.append(ECB(width, in_channels * scale**2, with_idt=with_idt, act=None))
         self.backbone = nn.Sequential(*blocks)
         self.scale = scale
+        self.colours = in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """The enlarged image, (N, colours, scale * H, scale * W)."""
-        return F.pixel_shuffle(self.backbone(x) + x, self.scale)
+        near = x if self.colours == 1 else x.repeat_interleave(self.scale**2, dim=1)
+        return F.pixel_shuffle(self.backbone(x) + near, self.scale)
 
 
 _IDENTITY = "`with_idt` is taken to be false: the identity has no keys. Say true in config if so."

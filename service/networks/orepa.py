@@ -260,6 +260,8 @@ class OREPALarge(_OnlineBlock):
     ) -> None:
         if kernel_size % 2 == 0 or kernel_size < 5:
             raise ValueError(f"kernel_size must be odd and at least 5, not {kernel_size}")
+        if squeezed and groups != 1:
+            raise ValueError("squeezed 3x3 kernels cannot be composed in groups: only the first is")
         pad = kernel_size // 2 if padding is None else padding
         io = (in_channels, out_channels)
         super().__init__(Geometry(*io, kernel_size, stride, pad, dilation, groups), act)
@@ -267,8 +269,7 @@ class OREPALarge(_OnlineBlock):
         for index in range(self.layers):
             inner = in_channels if index == 0 else out_channels
             if squeezed:
-                # The repository groups only the first stage.
-                spec = Squeeze(inner, out_channels, 3, groups if index == 0 else 1)
+                spec = Squeeze(inner, out_channels, 3, 1)
                 self.add_module(f"weight{index}", SqueezedKernel(spec))
             else:
                 weight = nn.Parameter(torch.empty(out_channels, inner // groups, 3, 3))

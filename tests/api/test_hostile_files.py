@@ -119,7 +119,7 @@ def test_all_crafted_and_many_mutated_files_over_http(
     mutants = ((f"mutant {n}", mutant(seeds(), n), None) for n in numbers)
     others = send_files(own_server, own, mutants)
     tell(
-        "hostile files over HTTP", "200 crafted and 1,000 mutated: no 5xx, nothing touched",
+        "hostile files over HTTP", "200 crafted, others while time is left: no 5xx",
         f"{known} crafted, {others} mutated", "a planted crash is seen (test_fuzz)",
     )  # fmt: skip
     assert known >= 200
@@ -250,7 +250,7 @@ def test_many_conversions_killed_at_any_moment(
         check_kills(own_server, own, 8)
         kills += 8
     tell(
-        "conversions killed at random moments", "80 rejected with a reason, nothing left",
+        "conversions killed at random moments", "all rejected with a reason, nothing left",
         f"{kills} killed", "a descriptor that is kept is seen",
     )  # fmt: skip
     assert kills >= 24, "the machine was too slow for most of them"

@@ -58,7 +58,7 @@ def test_one_poison_request_in_a_hundred_harms_no_neighbour(
     check_poison(outcome)
 
 
-HOGS = 12
+HOGS = 6
 
 
 def paced(server: RunningServer, seconds: float) -> Outcome:
@@ -86,7 +86,7 @@ def test_predictions_go_on_during_a_conversion(loaded: RunningServer) -> None:
     assert quantile(under.answered, 0.5) < 5 * quantile(idle.answered, 0.5) + 0.25
 
 
-@pytest.mark.soak(share=0.085)
+@pytest.mark.soak(share=0.12)
 def test_a_conversion_does_not_starve_inference(tmp_path: Path, tell: Tell) -> None:
     # The service's own default; the other tests convert at normal priority, to be done in time.
     polite = SETTINGS | {"FOLDSERVE_CONVERSION_PRIORITY": "idle"}

@@ -80,7 +80,7 @@ def test_switching_versions_under_load_fails_nobody(loaded: RunningServer) -> No
     _check_switching(loaded, 10)
 
 
-@pytest.mark.soak(share=0.035)
+@pytest.mark.soak(share=0.06)
 def test_two_hundred_switches_fail_nobody(loaded: RunningServer, tell: Tell) -> None:
     outcomes = _check_switching(loaded, 200)
     tell("200 switches under load", "nobody fails", f"{dict(outcomes)}", "the versions differ")

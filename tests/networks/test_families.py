@@ -57,6 +57,7 @@ SMALL: list[tuple[str, nn.Module, tuple[int, ...]]] = [
     ("QARepVGG (custom)", QARepVGG([1, 2], [8, 16], num_classes=5), (3, 32, 32)),
     ("QARepVGG (custom)", QARepVGG([1], [8], normed=True, num_classes=5), (3, 32, 32)),
     ("ECBSR", ECBSR(1, 8, 2), (1, 12, 10)),
+    ("ECBSR", ECBSR(1, 8, 2, in_channels=3), (3, 12, 10)),
     ("RepLKNet (custom)", RepLKNet([1, 1], [8, 16], [7, 5], 3, num_classes=4), (3, 32, 32)),
     (
         "UniRepLKNet (custom)",
@@ -98,6 +99,16 @@ def test_a_checkpoint_comes_back_as_the_same_function(
     x = torch.randn(2, *shape)
     with torch.no_grad():
         torch.testing.assert_close(build(recognition, state)(x), module(x), rtol=0, atol=0)
+
+
+def test_the_enlarged_image_begins_with_every_pixel_in_its_place() -> None:
+    module = ECBSR(1, 4, 2, in_channels=3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        x = torch.randn(1, 3, 4, 5)
+        expected = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        torch.testing.assert_close(module.eval()(x), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("name", "module", "shape"), SMALL, ids=IDS)

@@ -38,6 +38,13 @@ BLOCKS: list[nn.Module] = [
 ]
 
 
+def test_a_composition_that_cannot_run_is_not_made() -> None:
+    with pytest.raises(ValueError, match="groups"):
+        OREPALarge(4, 4, 7, groups=2)
+    plain = OREPALarge(4, 4, 7, groups=2, squeezed=False)  # the control
+    assert plain(torch.randn(2, 4, 8, 8)).shape == (2, 4, 8, 8)
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: type(block).__name__)
 def test_gradients_reach_every_branch(block: nn.Module) -> None:
     torch.manual_seed(0)
