@@ -69,7 +69,7 @@ def test_nothing_is_compiled_or_chosen_while_serving(
         _warm(program, name)
 
 
-CACHES_SECONDS = 0.0005
+PAUSE_SECONDS = 0.005
 
 
 @pytest.mark.soak(share=0.01)
@@ -77,8 +77,9 @@ CACHES_SECONDS = 0.0005
 def test_the_first_request_takes_hardly_longer_than_the_median(program: Program, name: str) -> None:
     """The better of a few programs, because other work on the machine only ever adds time.
 
-    Of a network that takes microseconds, the processor's caches make the first run a fraction of a
-    millisecond longer; compiling anything would take tens.
+    Every request here comes after a pause, as the first does: an engine's threads sleep by then,
+    and of a network that takes microseconds waking them is the greater part. Compiling anything
+    would take tens of milliseconds.
     """
     late = []
     for _ in range(5):
@@ -86,10 +87,10 @@ def test_the_first_request_takes_hardly_longer_than_the_median(program: Program,
         batch = random_rows(prepared.inputs, 1)
         seconds = []
         for _ in range(41):
+            time.sleep(PAUSE_SECONDS)
             started = time.perf_counter()
             prepared.run(batch)
             seconds.append(time.perf_counter() - started)
-        median = statistics.median(seconds)
-        late.append((seconds[0] - median) / max(median, CACHES_SECONDS))
+        late.append(seconds[0] / statistics.median(seconds))
         prepared.close()
-    assert min(late) <= 0.5
+    assert min(late) <= 1.5
