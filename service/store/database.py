@@ -8,6 +8,8 @@ the first write, and a transaction that has read before then fails instead of wa
 from __future__ import annotations
 
 import json
+import sqlite3
+import time
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 SQLITE_BUSY_SECONDS = 30
 """How long a SQLite writer waits for the one before it."""
 
+_AGAIN_SECONDS = 0.01
 _POSTGRES = {"postgresql", "postgres"}
 _WRITES = "foldserve_writes"
 _MIGRATION_LOCK = 0x466F6C64  # any constant: names the PostgreSQL advisory lock
@@ -81,14 +84,30 @@ _json = partial(json.dumps, allow_nan=False)
 
 def _prepare_sqlite(connection: Any, _entry: ConnectionPoolEntry) -> None:
     connection.isolation_level = None  # BEGIN is ours, see _begin_sqlite
-    for pragma in (
-        f"busy_timeout = {SQLITE_BUSY_SECONDS * 1000}",
-        "journal_mode = WAL",
-        "synchronous = FULL",  # NORMAL may lose the last commits when the power fails
-        "foreign_keys = ON",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
+    connection.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_SECONDS * 1000}")
+    _use_write_ahead_log(connection)
+    # NORMAL may lose the last commits when the power fails.
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
     _require_writable(connection)
+
+
+def _use_write_ahead_log(connection: Any) -> None:
+    """Turn the write-ahead log on, which several processes may want of a new file at once.
+
+    Of those only one can; the others are told "locked" without the wait that `busy_timeout` asks
+    for, because each holds what the other needs. So it is asked for again.
+    """
+    end = time.monotonic() + SQLITE_BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > end:
+                raise
+        time.sleep(_AGAIN_SECONDS)
 
 
 def _require_writable(connection: Any) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import Column, Engine, Integer, MetaData, event, inspect, text
 from sqlalchemy.exc import OperationalError
 
 from service.errors import StoreError
-from service.store import Catalog, sqlite_url
+from service.store import Catalog, database, sqlite_url
 from service.store.database import alembic_config, database_url, migrate, open_engine, writing
 from service.store.schema import Base
 
@@ -63,6 +63,33 @@ def test_several_processes_open_a_new_database_at_once(tmp_path: Path) -> None:
     catalog = Catalog(url)
     assert [model.name for model in catalog.list_models().items] == ["m0", "m1", "m2"]
     catalog.close()
+
+
+class Refusing:
+    """A connection that refuses the write-ahead log with each of these codes, then takes it."""
+
+    def __init__(self, *codes: int) -> None:
+        self.codes = list(codes)
+
+    def execute(self, statement: str) -> None:
+        assert statement == "PRAGMA journal_mode = WAL"
+        if self.codes:
+            error = sqlite3.OperationalError("refused")
+            error.sqlite_errorcode = self.codes.pop(0)
+            raise error
+
+
+def test_whoever_else_turns_the_write_ahead_log_on_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    busy = Refusing(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_BUSY_RECOVERY)
+    database._use_write_ahead_log(busy)
+    assert not busy.codes
+    with pytest.raises(sqlite3.OperationalError):
+        database._use_write_ahead_log(Refusing(sqlite3.SQLITE_IOERR))
+    monkeypatch.setattr(database, "SQLITE_BUSY_SECONDS", -1)
+    with pytest.raises(sqlite3.OperationalError):
+        database._use_write_ahead_log(Refusing(sqlite3.SQLITE_BUSY))
 
 
 def _open(url: str, model: str) -> None:
