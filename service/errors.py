@@ -94,6 +94,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, ClassVar
 
 
@@ -113,7 +114,7 @@ class FoldserveError(Exception):
     @classmethod
     def code(cls) -> str:
         """The stable name for programs: the class name in snake case, as in `queue_full`."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+        return _snake_case(cls.__name__)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form that `from_dict` turns back into an equal error of the same class."""
@@ -134,6 +135,11 @@ class FoldserveError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FoldserveError.from_dict, (self.to_dict(),)
+
+
+@cache
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 class CheckpointError(FoldserveError):

@@ -279,7 +279,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_partial_is_seen(box: Machine) 
     assert counted["deletions"] > 0
 
 
-@pytest.mark.soak(share=0.38)
+@pytest.mark.soak(share=0.45)
 def test_a_thousand_deaths(box: Machine, budget: Budget, tell: Tell) -> None:
     """As many of the thousand as the time allows; each story begins on an empty disk."""
     started = time.monotonic()
