@@ -111,6 +111,7 @@ class _Wire(asyncio.Protocol):
     def __init__(self) -> None:
         self._answer: asyncio.Future[tuple[int, dict[bytes, bytes], bytes]] | None = None
         self._transport: Any = None
+        self.lost = False
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -137,6 +138,7 @@ class _Wire(asyncio.Protocol):
             self._answer.set_result((self._parser.get_status_code(), self._headers, self._body))
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.lost = True
         if self._answer is not None and not self._answer.done():
             self._answer.set_result((0, {}, b""))
 
@@ -203,6 +205,8 @@ class _Load:
         began = time.perf_counter()
 
         async def use(wire: _Wire, due: float) -> None:
+            if wire.lost:  # the service closes what is idle for long
+                wire = await self.wire()
             idle.append(wire if await self.one(wire, due) else await self.wire())
 
         count = 0
