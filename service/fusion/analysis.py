@@ -18,6 +18,9 @@ piece by piece instead of being tried from every start."""
 
 Key = tuple[str, Layout]
 
+APART = "the branches do not all start from one value"
+"""Why a join has no form of its own."""
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -107,7 +110,7 @@ def _joined(
     for key in keys:
         operands = [_form_of(name, key, call, forms) for name in data]
         if any(operand is None for operand in operands):
-            reasons.append("the branches do not all start from one value")
+            reasons.append(APART)
             continue
         try:
             found.append(JOIN[call.node.op](call, [f for f in operands if f is not None]))

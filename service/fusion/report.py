@@ -283,11 +283,11 @@ def _why_kept(
     for reader in readers:
         reason = _why_apart(node, reader, analysis, cover, nodes)
         if reason is not None:
-            return "kept", f"{_short(reader)} after it: {reason}"
+            return "kept", f"{reader.short} after it: {reason}"
     for name in node.refs():
         if name in analysis.refusals and not analysis.forms.get(name):
-            return "kept", f"{_short(nodes[name])} before it: {analysis.refusals[name][0]}"
-    after = ", ".join(dict.fromkeys(map(_short, readers))) or "the output"
+            return "kept", f"{nodes[name].short} before it: {analysis.refusals[name][0]}"
+    after = ", ".join(dict.fromkeys(node.short for node in readers)) or "the output"
     return "kept", f"a single convolution; {after} follows"
 
 
@@ -304,7 +304,7 @@ def _why_apart(
     for name in reader.refs():
         # A branch that is no convolution says more than that the branches have no common start.
         if name != node.name and name in analysis.refusals and not analysis.forms[name]:
-            return f"{_short(nodes[name])} beside it: {analysis.refusals[name][0]}"
+            return f"{nodes[name].short} beside it: {analysis.refusals[name][0]}"
     if reader.name in analysis.refusals:
         return analysis.refusals[reader.name][0]
     return dearer(cover.cheaper[reader.name]) if reader.name in cover.cheaper else None
@@ -314,10 +314,6 @@ def _bordered(member: str, value: str, analysis: Analysis) -> bool:
     """Whether `value` has a form through `member` that only its border keeps from being one."""
     forms = analysis.forms.get(value, {}).values()
     return any(member in form.nodes and not usable(form) for form in forms)
-
-
-def _short(node: Node) -> str:
-    return node.op.removeprefix("aten.").partition(".")[0]
 
 
 def _totals(blocks: Sequence[Block], before: Program, after: Program) -> Totals:

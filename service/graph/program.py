@@ -65,6 +65,11 @@ class Node:
     dtype: str | None
     source: str = ""
 
+    @property
+    def short(self) -> str:
+        """The operator without namespace and overload, for reports: `add` of `aten.add.Tensor`."""
+        return self.op.removeprefix("aten.").partition(".")[0]
+
     def refs(self) -> Iterator[str]:
         """Names of the values this node reads, in argument order, with repetition."""
         return iter(self._reads)
