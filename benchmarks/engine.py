@@ -133,7 +133,13 @@ def _arms(
         "torch": TorchBackend(choices),
         "openvino": OpenVinoBackend(choices),
     }
-    for name in filter(backends.__contains__, options.backends):
+    for name in options.backends:
+        if name == OTHER:
+            if find_spec(OTHER) is None:
+                print(f"{OTHER} is not measured: it is not installed", flush=True)
+            else:
+                yield onnx_runtime(deploy, options.threads)
+            continue
         for precision in PRECISIONS[name]:
             if precision not in options.precisions or (precision == "int8" and not can_quantise()):
                 continue
@@ -143,8 +149,6 @@ def _arms(
                 print(f"preparing {form} form, {name} {precision}", flush=True)
                 title = f"{form} form, {name} {precision}"
                 yield prepared(title, backends[name], program, precision, sizes)
-    if OTHER in options.backends and find_spec(OTHER) is not None:
-        yield onnx_runtime(deploy, options.threads)
 
 
 def onnx_runtime(program: Program, threads: int) -> Arm:
