@@ -50,13 +50,17 @@ class Shares:
     def __init__(self, shares: dict[str, float], seconds: float) -> None:
         self._shares = dict(shares)
         self._rest = max(1.0, sum(shares.values()))
-        self._end = time.monotonic() + seconds
+        self._seconds = seconds
+        self._began: float | None = None
 
     def begin(self, name: str) -> float:
         """The seconds of the test that begins now: its part of what is left."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
         share, rest = self._shares.pop(name, _SHARE), self._rest
         self._rest -= share
-        return max(1.0, share / max(rest, share) * (self._end - time.monotonic()))
+        return max(1.0, share / max(rest, share) * (self._seconds - (now - self._began)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

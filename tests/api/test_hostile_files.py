@@ -119,7 +119,7 @@ def test_all_crafted_and_many_mutated_files_over_http(
     mutants = ((f"mutant {n}", mutant(seeds(), n), None) for n in numbers)
     others = send_files(own_server, own, mutants)
     tell(
-        "hostile files over HTTP", "200 crafted, others while time is left: no 5xx",
+        "hostile files over HTTP", "200 crafted, more while time is left: no 5xx, nothing touched",
         f"{known} crafted, {others} mutated", "a planted crash is seen (test_fuzz)",
     )  # fmt: skip
     assert known >= 200

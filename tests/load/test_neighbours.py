@@ -58,7 +58,7 @@ def test_one_poison_request_in_a_hundred_harms_no_neighbour(
     check_poison(outcome)
 
 
-HOGS = 6
+HOGS = 12
 
 
 def paced(server: RunningServer, seconds: float) -> Outcome:
