@@ -1,7 +1,7 @@
 """`python -m benchmarks [NAME] [options]`: run one benchmark, or `engine` if none is named.
 
-Names: conformance, decoding, engine, fronts, fusing, gpu, orepa, server, shares, siblings (see
-`--help`).
+Names: conformance, decoding, engine, fronts, fusing, gpu, gpu_server, orepa, server, shares,
+siblings (see `--help`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ BENCHMARKS = (
     "fronts",
     "fusing",
     "gpu",
+    "gpu_server",
     "orepa",
     "server",
     "shares",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from service.errors import BadInput, ImageTooLarge
+from service.serving import Levels
 
 FORMATS: Final = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
@@ -92,10 +93,34 @@ def recipe(shape: Sequence[int], given: dict[str, Any] | None) -> ImageRecipe | 
     )
 
 
+def levels(how: ImageRecipe) -> Levels:
+    """What a grey level of 0 to 255 becomes in each channel of the network's input."""
+    deviation = np.asarray(how.std, dtype=np.float32)
+    scale, shift = 1.0 / (255.0 * deviation), np.asarray(how.mean, dtype=np.float32) / deviation
+    return Levels(tuple(scale.tolist()), tuple(shift.tolist()))
+
+
+def normalised(pixels: NDArray[np.uint8], how: ImageRecipe) -> NDArray[np.float32]:
+    """Rows [N, C, H, W] from grey levels [N, H, W, C]; looking every level up is cheapest."""
+    rows: NDArray[np.float32] = np.empty((len(pixels), *how.shape), np.float32)
+    for channel, table in enumerate(_tables(levels(how))):
+        np.take(table, pixels[..., channel], out=rows[:, channel], mode="clip")
+    return rows
+
+
 def decode(
     data: bytes | bytearray, how: ImageRecipe, max_pixels: int, max_scans: int = MAX_SCANS
 ) -> NDArray[np.float32]:
-    """One row (C, H, W) from a JPEG, PNG or WebP file.
+    """One row (C, H, W) from a JPEG, PNG or WebP file; raises what `decode_levels` does."""
+    row: NDArray[np.float32]
+    (row,) = normalised(decode_levels(data, how, max_pixels, max_scans)[None], how)
+    return row
+
+
+def decode_levels(
+    data: bytes | bytearray, how: ImageRecipe, max_pixels: int, max_scans: int = MAX_SCANS
+) -> NDArray[np.uint8]:
+    """Grey levels (H, W, C) from a JPEG, PNG or WebP file, in the network's order of channels.
 
     The size is read from the file's head and checked before pixels are decoded. The orientation
     that a camera recorded is applied; transparency is laid over white. A JPEG several times as
@@ -121,7 +146,7 @@ def decode(
                         limit=max_scans,
                     )
                 _decode_no_larger_than_needed(image, how)
-                return _to_row(_in_mode(image, _MODES[how.shape[0]]), how)
+                return _to_levels(_in_mode(image, _MODES[how.shape[0]]), how)
     except ImageTooLarge:
         raise
     except Image.DecompressionBombError as error:
@@ -154,25 +179,23 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _to_row(image: Image.Image, how: ImageRecipe) -> NDArray[np.float32]:
+def _to_levels(image: Image.Image, how: ImageRecipe) -> NDArray[np.uint8]:
     channels, height, width = how.shape
-    pixels = _scale_and_crop(image, how)
-    values = np.asarray(pixels).reshape(height, width, channels)
-    if how.channel_order == "bgr":
-        values = values[:, :, ::-1]
-    row = np.empty(how.shape, np.float32)
-    for channel, table in enumerate(_normalised(how.mean, how.std)):
-        np.take(table, values[:, :, channel], out=row[channel], mode="clip")
-    return row
+    values = np.asarray(_scale_and_crop(image, how)).reshape(height, width, channels)
+    return in_order(values, how)
+
+
+def in_order(pixels: NDArray[np.uint8], how: ImageRecipe) -> NDArray[np.uint8]:
+    """RGB or grey pixels [..., C] in the network's order of channels."""
+    return pixels[..., ::-1] if how.channel_order == "bgr" else pixels
 
 
 @lru_cache(256)
-def _normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
-    """What each grey level becomes in each channel, [channels, 256]; looking it up is cheapest."""
-    deviation = np.asarray(std, dtype=np.float32)
-    scale, shift = 1.0 / (255.0 * deviation), np.asarray(mean, dtype=np.float32) / deviation
-    levels = np.arange(256, dtype=np.float32)[:, None]
-    return np.ascontiguousarray((levels * scale - shift).T, dtype=np.float32)
+def _tables(of: Levels) -> NDArray[np.float32]:
+    """What each grey level becomes in each channel, [channels, 256]."""
+    scale, shift = np.asarray(of.scale, np.float32), np.asarray(of.shift, np.float32)
+    grey = np.arange(256, dtype=np.float32)[:, None]
+    return np.ascontiguousarray((grey * scale - shift).T, dtype=np.float32)
 
 
 def _scale_and_crop(image: Image.Image, how: ImageRecipe) -> Image.Image:

@@ -25,7 +25,7 @@ from service.api.state import Service, of
 from service.api.uploads import ModelName
 from service.errors import BadInput, UnsupportedMediaType
 from service.hosting import Hosted
-from service.serving import Form, Result, Rows
+from service.serving import BatchPart, Form, Result, Rows, as_tensor
 
 T = TypeVar("T")
 router = APIRouter(route_class=DirectRoute, tags=["predict"])
@@ -150,9 +150,10 @@ async def documented(
     """Classify images or run arrays.
 
     The body is one image, several images as multipart, one float32 npy array [N, C, H, W] (or one
-    row without N), or JSON `{"inputs": …}` of the same shape. A network with several inputs takes
-    JSON `{"inputs": {name: …}}`. Images are preprocessed as the
-    version's resource says; arrays are taken as they are. With `Accept: application/x-npy` the
+    row without N), or JSON `{"inputs": …}` of the same shape. Images are preprocessed as the
+    version's resource says; arrays are taken as they are, except one of uint8 [N, H, W, C]: those
+    are RGB or grey images of the network's size, which only need to be normalised. A network with
+    several inputs takes JSON `{"inputs": {name: …}}`. With `Accept: application/x-npy` the
     answer is one float32 array: outputs are flattened per row and concatenated when the network
     has several.
     """
@@ -228,6 +229,9 @@ async def _rows(request: Request, service: Service, hosted: Hosted, form: Form) 
         with hosted.expecting(form, 1):
             return await _on_thread(service, tensors.named_from_json, body, hosted.inputs)
     _check_plain(hosted)
+    if kind == tensors.NPY and tensors.holds_levels(body) and _how(hosted) is not None:
+        with hosted.expecting(form, 1):
+            return await _on_thread(service, _levels, body, hosted, form)
     read = tensors.from_json if kind == _JSON else tensors.from_npy
     if len(body) <= (_QUICK_JSON_BYTES if kind == _JSON else _QUICK_NPY_BYTES):
         return read(body, hosted.item_shape)
@@ -265,19 +269,43 @@ async def _image_parts(request: Request, service: Service) -> list[bytearray]:
 
 async def _decode(
     service: Service, hosted: Hosted, form: Form, files: Sequence[bytes | bytearray]
-) -> NDArray[np.float32]:
-    how = images.recipe(hosted.item_shape, hosted.preprocessing)
+) -> Rows:
+    how = _recipe(hosted)
+    limits = service.settings.max_image_pixels, service.settings.max_image_scans
+    raw = hosted.takes_levels(form)
+    decode: Callable[..., NDArray[Any]] = images.decode_levels if raw else images.decode
+    with hosted.expecting(form, len(files)):
+        rows = await asyncio.gather(
+            *(_on_thread(service, decode, file, how, *limits) for file in files)
+        )
+    batch = rows[0][None] if len(rows) == 1 else np.stack(rows)
+    return _part(batch, how) if raw else batch
+
+
+def _levels(body: tensors.Bytes, hosted: Hosted, form: Form) -> Rows:
+    """Images that came as an array of grey levels, normalised here or on the device."""
+    how = _recipe(hosted)
+    pixels = images.in_order(tensors.levels_from_npy(body, hosted.item_shape), how)
+    return _part(pixels, how) if hosted.takes_levels(form) else images.normalised(pixels, how)
+
+
+def _part(pixels: NDArray[np.uint8], how: images.ImageRecipe) -> Rows:
+    return BatchPart((as_tensor(pixels),), images.levels(how))
+
+
+def _how(hosted: Hosted) -> images.ImageRecipe | None:
+    """How its images are preprocessed; None if it takes none."""
+    return images.recipe(hosted.item_shape, hosted.preprocessing)
+
+
+def _recipe(hosted: Hosted) -> images.ImageRecipe:
+    how = _how(hosted)
     if how is None:
         raise BadInput(
             f"Rows of shape {list(hosted.item_shape)} are no images.",
             remedy="Send an array as application/x-npy or JSON.",
         )
-    limits = service.settings.max_image_pixels, service.settings.max_image_scans
-    with hosted.expecting(form, len(files)):
-        rows = await asyncio.gather(
-            *(_on_thread(service, images.decode, file, how, *limits) for file in files)
-        )
-    return rows[0][None] if len(rows) == 1 else np.stack(rows)
+    return how
 
 
 async def _on_thread(service: Service, function: Callable[..., T], *args: Any) -> T:

@@ -39,15 +39,36 @@ _NAMED_REMEDY = 'Send {"inputs": {name: [...]}} with every input of the model.'
 _REMEDY = "Send what numpy.save writes for one float32 array."
 
 
+def holds_levels(body: Bytes) -> bool:
+    """Whether an npy body holds grey levels of images, as `levels_from_npy` reads them."""
+    return _head(body)[2] == np.uint8
+
+
+def levels_from_npy(body: Bytes, item_shape: Sequence[int]) -> NDArray[np.uint8]:
+    """The images [N, H, W, C] in uint8 of an npy body, for inputs of `item_shape` (C, H, W).
+
+    One image alone, without N, is taken as N = 1. The array stays a view of `body`. Raises
+    BadInput.
+    """
+    channels, height, width = item_shape
+    array = _elements(body, (height, width, channels))
+    return np.ascontiguousarray(array).reshape(-1, height, width, channels)
+
+
 def from_npy(body: Bytes, item_shape: Sequence[int]) -> Floats:
     """The array [N, *item_shape] of an npy body; one item alone, without N, is taken as N = 1.
 
     float16 and float64 are converted to float32; a float32 array stays a view of `body`.
     Raises BadInput.
     """
-    shape, fortran, dtype, offset = _head(body)
+    dtype = _head(body)[2]
     if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
         raise BadInput(f"The array has the type {dtype}; float32 is wanted.", remedy=_REMEDY)
+    return _batch(_elements(body, item_shape), item_shape)
+
+
+def _elements(body: Bytes, item_shape: Sequence[int]) -> NDArray[Any]:
+    shape, fortran, dtype, offset = _head(body)
     _check_shape(shape, item_shape)
     claimed, present = math.prod(shape) * dtype.itemsize, len(body) - offset
     if claimed != present:
@@ -55,8 +76,7 @@ def from_npy(body: Bytes, item_shape: Sequence[int]) -> Floats:
             f"The header claims {claimed} bytes of elements; {present} follow.", remedy=_REMEDY
         )
     flat = np.frombuffer(body, dtype=dtype, offset=offset)
-    array = flat.reshape(shape, order="F" if fortran else "C")
-    return _batch(array, item_shape)
+    return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def from_json(body: Bytes, item_shape: Sequence[int]) -> Floats:

@@ -50,6 +50,10 @@ class Hosted:
         """Shape of one row of the first input, which is the only one of most networks."""
         return self.inputs[0].shape
 
+    def takes_levels(self, form: Form) -> bool:
+        """Whether images should come as grey levels: the device normalises them itself."""
+        return self.models.takes_levels(self.model, self.version, form)
+
     def require_room(self, form: Form) -> None:
         """Raise QueueFull if one more row would be refused: before a body is read for nothing."""
         self.models.require_room(self.model, self.version, form)

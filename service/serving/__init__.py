@@ -2,8 +2,10 @@
 
 from service.serving.backends import (
     Backend,
+    BatchPart,
     Choices,
     Description,
+    Levels,
     Precision,
     Prepared,
     RowSpec,
@@ -14,6 +16,7 @@ from service.serving.backends import (
     random_rows,
 )
 from service.serving.batcher import Batcher
+from service.serving.columns import as_tensor
 from service.serving.device import Device, available_cpus
 from service.serving.models import ModelSet, ModelSetLimits
 from service.serving.request import Result, Rows, Timing
@@ -24,12 +27,14 @@ from service.serving.tally import Tallied, Tally
 __all__ = [
     "Backend",
     "BatchLimits",
+    "BatchPart",
     "Batcher",
     "BatcherStats",
     "Choices",
     "Description",
     "Device",
     "Form",
+    "Levels",
     "LoadOptions",
     "LoadedModel",
     "ModelKey",
@@ -43,6 +48,7 @@ __all__ = [
     "Tallied",
     "Tally",
     "Timing",
+    "as_tensor",
     "available_cpus",
     "backend_named",
     "backend_names",

@@ -14,16 +14,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from service.errors import BackendFailed, BadInput, ModelFaulty, NotLoaded
 from service.serving.backends.base import Prepared, Streams
-from service.serving.backends.rows import random_rows
+from service.serving.backends.parts import BatchPart, joined
+from service.serving.backends.rows import is_image, random_rows
 from service.serving.backlog import Backlog, too_late
 from service.serving.columns import checked
 from service.serving.device import Device, hand_over
@@ -31,7 +31,7 @@ from service.serving.request import Request, Result, Rows, Slice, monotonic
 from service.serving.stats import BatcherStats, BatchLimits
 
 Answer = tuple[Request, Result | Exception]
-Run = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+Run = Callable[[Sequence[BatchPart]], tuple[Tensor, ...]]
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,12 @@ class Batcher:
         self._largest = prepared.batch_sizes[-1]
         self._inputs = prepared.inputs
         self._streams = prepared.streams
+        self._run = _joining(prepared.run)
+        self._takes_levels = False
+        self._run_beside = self._run
+        if self._streams is not None:
+            self._takes_levels = self._streams.parts is not None
+            self._run_beside = self._streams.parts or _joining(self._streams.run)
         self._backlog = Backlog(self.limits.queue_rows)
         self._lock = threading.Lock()
         self._turns = 0
@@ -72,20 +78,21 @@ class Batcher:
         """Outputs for `rows`, N >= 1 of them, each output [N, ...] in the same order.
 
         `rows` is one array [N, *shape] for a program with one input; for several it is one for each
-        of them, a tuple in the program's order or a mapping by name.
+        of them, a tuple in the program's order or a mapping by name. Images may come as a part of
+        grey levels, which is worth it where `takes_levels`.
         `deadline` is a `time.monotonic` moment after which waiting is pointless. The rows must not
         be changed until the answer came. Cancelling the caller drops rows that still wait. Raises
         BadInput for a wrong shape or type, QueueFull (with `retry_after` seconds) when too many
         rows wait, DeadlineExceeded, BackendFailed if these very rows make the model fail, and
         NotLoaded while the model is being unloaded.
         """
-        columns = self._checked(rows)
+        part = self._checked(rows)
         now = monotonic()
         if deadline is None:
             deadline = now + self.limits.request_seconds
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        request = Request(columns, future, deadline, now)
+        request = Request(part, future, deadline, now)
         self._enqueue(request, loop)
         request.timer = loop.call_later(deadline - now, self._expire, request)
         try:
@@ -94,6 +101,11 @@ class Batcher:
             request.timer.cancel()
             if future.cancelled():
                 self._backlog.drop(request, "departed")
+
+    @property
+    def takes_levels(self) -> bool:
+        """Whether grey levels go to the device as they are, and are normalised there."""
+        return self._takes_levels and is_image(self._inputs)
 
     def require_room(self) -> None:
         """Raise QueueFull if one more row would find no place; for before a request is read."""
@@ -123,15 +135,15 @@ class Batcher:
         while self._turns:
             await self._device.call(_nothing)  # comes back behind the turns that are under way
 
-    def _checked(self, rows: Rows) -> tuple[Tensor, ...]:
-        columns = checked(rows, self._inputs)
-        count = len(columns[0])
+    def _checked(self, rows: Rows) -> BatchPart:
+        part = checked(rows, self._inputs, levels=self.takes_levels)
+        count = len(part)
         if count > self.limits.queue_rows:
             raise BadInput(
                 f"The request has {count} rows; at most {self.limits.queue_rows} can wait.",
                 remedy="Send fewer rows at a time, or raise the queue's size.",
             )
-        return columns
+        return part
 
     def _enqueue(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         most = 1 if self._streams is None else self._streams.count
@@ -179,7 +191,7 @@ class Batcher:
         """Run what waits, as much as one turn may take; then queue for the next if more does."""
         try:
             if self._streams is None:
-                self._run_batch(self._largest, self.prepared.run)
+                self._run_batch(self._largest, self._run)
             else:
                 self._stream_turn(self._streams)
         finally:
@@ -195,15 +207,15 @@ class Batcher:
         A long backlog is taken in fewer, larger ones: its callers wait for the others anyway.
         """
         waiting = min(self._backlog.rows, self._largest)
-        if waiting < streams.count:
+        if waiting < streams.count and streams.parts is None:
             with self._device.whole_if_free() as free:
                 if free:
-                    self._run_batch(waiting or 1, self.prepared.run)
+                    self._run_batch(waiting or 1, self._run)
                     return
         share = max(1, -(-waiting // streams.count))
         rows = max(streams.rows, share // _PIECES)
         while share > 0:
-            ran = self._run_batch(min(share, rows), streams.run)
+            ran = self._run_batch(min(share, rows), self._run_beside)
             if not ran:
                 return
             share -= ran
@@ -244,7 +256,7 @@ class Batcher:
     def _diagnose(self, run: Run) -> None:
         """Whether requests failed or the program does: rows of our own tell the two apart."""
         try:
-            run(random_rows(self._inputs, 1))
+            run([BatchPart(random_rows(self._inputs, 1))])
         except Exception as fault:
             log.error("a program is out of order: %s", fault)
             self.fault = fault
@@ -256,7 +268,7 @@ class Batcher:
         start = monotonic()
         sizes = [len(one) for one in batch]
         count = sum(sizes)
-        outputs = run(_joined([one.rows for one in batch]))
+        outputs = run([one.rows for one in batch])
         finish = monotonic()
         if any(output.dim() == 0 or len(output) != count for output in outputs):
             raise BackendFailed("An output does not have one row for each row of the input.")
@@ -310,15 +322,9 @@ class Batcher:
         self._backlog.count(answered=answered, failed=failed)
 
 
-def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The rows of several requests behind each other, for each input.
-
-    By NumPy, because each of several threads that joined with torch would keep a pool of others.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    columns = zip(*parts, strict=True)
-    return tuple(torch.from_numpy(np.concatenate([c.numpy() for c in each])) for each in columns)
+def _joining(run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]) -> Run:
+    """`run` for several requests' rows, which are laid behind each other first."""
+    return lambda parts: run(joined(parts))
 
 
 def _set_error(future: asyncio.Future[Result], error: Exception) -> None:

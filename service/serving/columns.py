@@ -11,21 +11,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.errors import BadInput
+from service.serving.backends.parts import BatchPart, normalised
 from service.serving.backends.rows import RowSpec
 from service.serving.request import Column, Rows
 
 
-def checked(rows: Rows, inputs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+def checked(rows: Rows, inputs: Sequence[RowSpec], *, levels: bool = False) -> BatchPart:
     """One tensor [N, *shape] for each input, N >= 1 the same for all.
 
+    Grey levels stay what they are if the program takes `levels`, and are normalised here if not.
     Raises BadInput for a wrong number, name, shape or type.
     """
+    if isinstance(rows, BatchPart):
+        return _levels(rows, inputs, levels)
     given = in_order((rows,) if isinstance(rows, np.ndarray | Tensor) else rows, inputs)
     columns = tuple(map(_column, given, inputs))
     count = len(columns[0])
     if any(len(column) != count for column in columns):
         raise BadInput(f"The inputs differ in rows: {[len(column) for column in columns]}.")
-    return columns
+    return BatchPart(columns)
+
+
+def _levels(part: BatchPart, inputs: Sequence[RowSpec], taken: bool) -> BatchPart:
+    if part.levels is None:
+        return checked(part.columns, inputs)
+    values = part.columns[0]
+    shape = tuple(values.permute(0, 3, 1, 2).shape[1:]) if values.dim() == 4 else ()
+    if values.dtype != torch.uint8 or [shape] != [spec.shape for spec in inputs] or not len(part):
+        raise BadInput(
+            f"Images of shape {list(values.shape)} were given; the model takes "
+            f"{[list(spec.shape) for spec in inputs]}."
+        )
+    if taken:
+        return part
+    return checked(normalised(values, part.levels), inputs)
 
 
 def in_order(
@@ -51,7 +70,7 @@ def in_order(
 
 def _column(rows: Column, spec: RowSpec) -> Tensor:
     """`rows` as a tensor, if it has the shape [N, *spec.shape] and the type that `spec` says."""
-    tensor = rows if isinstance(rows, Tensor) else _as_tensor(rows)
+    tensor = rows if isinstance(rows, Tensor) else as_tensor(rows)
     if tuple(tensor.shape[1:]) != spec.shape or tensor.dim() == 0 or not len(tensor):
         raise BadInput(
             f"The input {spec.name} has shape {list(tensor.shape)}; the model takes "
@@ -64,7 +83,11 @@ def _column(rows: Column, spec: RowSpec) -> Tensor:
     return tensor
 
 
-def _as_tensor(rows: NDArray[Any]) -> Tensor:
+def as_tensor(rows: NDArray[Any]) -> Tensor:
+    """The array as a tensor, without a copy if it is contiguous and may be written to.
+
+    Raises BadInput for an element type that torch does not have.
+    """
     # A request body is a read-only buffer, which torch accepts only with a warning: copy that one.
     array = np.ascontiguousarray(rows)
     try:

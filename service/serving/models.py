@@ -137,6 +137,11 @@ class ModelSet:
         runner.touch()
         return await runner.batcher.submit(rows, deadline)  # nothing may be awaited in between
 
+    def takes_levels(self, model: str, version: int, form: Form) -> bool:
+        """See `Batcher.takes_levels`; False for a form that is not loaded yet."""
+        runner = self._runners.get(ModelKey(model, version, form))
+        return runner is not None and runner.batcher.takes_levels
+
     def require_room(self, model: str, version: int, form: Form) -> None:
         """Raise QueueFull if one more row would be refused; a form not loaded yet refuses none."""
         runner = self._runners.get(ModelKey(model, version, form))

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from service.serving.backends.parts import BatchPart
+
 Column: TypeAlias = "Tensor | NDArray[Any]"
-Rows: TypeAlias = "Column | tuple[Column, ...] | Mapping[str, Column]"
+Rows: TypeAlias = "Column | tuple[Column, ...] | Mapping[str, Column] | BatchPart"
 """Rows of a request: one array [N, ...] where the program has one input, else one for each input,
-in order or by name."""
+in order or by name; or grey levels of an image input, as a part with `levels`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Result:
 
 
 class Request:
-    """Rows waiting for their outputs: `rows` has [N, ...] for each input.
+    """Rows waiting for their outputs.
 
     The backlog's lock guards what changes.
     """
@@ -74,7 +76,7 @@ class Request:
 
     def __init__(
         self,
-        rows: tuple[Tensor, ...],
+        rows: BatchPart,
         future: asyncio.Future[Result],
         deadline: float,
         now: float,
@@ -94,7 +96,7 @@ class Request:
         self.parts: dict[int, tuple[Tensor, ...]] = {}
 
     def __len__(self) -> int:
-        return self.rows[0].shape[0]
+        return len(self.rows)
 
     @property
     def waiting(self) -> int:
@@ -136,12 +138,13 @@ class Slice:
     stop: int
 
     @property
-    def rows(self) -> tuple[Tensor, ...]:
+    def rows(self) -> BatchPart:
         """Its part of each input, [stop - start, ...], as views of the request's rows."""
         whole = self.request.rows
         if self.stop - self.start == len(self.request):
             return whole
-        return tuple(column[self.start : self.stop] for column in whole)
+        cut = tuple(column[self.start : self.stop] for column in whole.columns)
+        return BatchPart(cut, whole.levels)
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -66,6 +66,35 @@ def test_other_floats_and_orders_are_converted(http: httpx.Client, model: str, d
         assert np.abs(tiny.from_npy(answer.content) - truth).max() < CLOSE * np.abs(truth).max()
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_grey_levels_in_an_array_are_what_an_image_file_holds(
+    http: httpx.Client, model: str, count: int
+) -> None:
+    channels, height, width = tiny.SHAPE
+    pictures = [picture(width, height, seed) for seed in range(count)]
+    levels = np.stack([np.asarray(each) for each in pictures])
+    assert levels.shape == (count, height, width, channels)
+    url = f"/v1/models/{model}/predict"
+    raw = http.post(url, content=tiny.npy(levels), headers=NPY)
+    assert raw.status_code == 200, raw.text
+    files = [
+        ("image", (f"{i}.png", encoded(p, "PNG"), "image/png")) for i, p in enumerate(pictures)
+    ]
+    told = http.post(url, files=files, headers={"Accept": tiny.NPY})
+    assert np.allclose(tiny.from_npy(raw.content), tiny.from_npy(told.content), rtol=1e-5)
+    # The control: other channels, another answer.
+    turned = http.post(url, content=tiny.npy(levels[..., ::-1].copy()), headers=NPY)
+    assert not np.allclose(tiny.from_npy(turned.content), tiny.from_npy(raw.content), rtol=1e-3)
+
+
+def test_grey_levels_of_another_shape_are_refused(http: httpx.Client, model: str) -> None:
+    planes = np.zeros((1, *tiny.SHAPE), np.uint8)
+    answer = http.post(f"/v1/models/{model}/predict", content=tiny.npy(planes), headers=NPY)
+    channels, height, width = tiny.SHAPE
+    told = problem(answer, 422, "bad_input")
+    assert told["expected"] == ["N", height, width, channels]
+
+
 def test_json_answers_labels_and_scores(http: httpx.Client, model: str) -> None:
     rows = tiny.rows(2)
     answer = http.post(

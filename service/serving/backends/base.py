@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from service.graph import Program
+    from service.serving.backends.parts import BatchPart
     from service.serving.backends.rows import RowSpec
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16", "int8"]
@@ -57,11 +58,16 @@ class Streams:
     `run` is like `Prepared.run`, may be called by any thread, and by up to `count` at once; never
     while `Prepared.run` runs. `rows` is the smallest batch that computes as many rows a second as a
     larger one does: taking more only makes the first of them wait for the last.
+
+    `parts` does the same with rows as they came from their callers, without joining them first, and
+    takes grey levels; None where rows are joined for `run`. Where it is given, the device does the
+    sharing out, and few rows gain nothing by having it to themselves.
     """
 
     count: int
     rows: int
     run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+    parts: Callable[[Sequence[BatchPart]], tuple[Tensor, ...]] | None = None
 
 
 class Prepared(Protocol):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from service.graph import Node, Program, ProgramModule, Ref
+from service.serving.backends.epilogues import relu_after, same
 
 PACKED_ROWS = 8
 """Batch size that oneDNN is told to lay the kernels out for; any other runs with them too."""
@@ -29,20 +30,16 @@ class PrepackedModule(ProgramModule):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         specs = program.specs()
-        readers = program.readers()
-        nodes = {node.name: node for node in program.nodes}
-        self._packed: list[Tensor] = []
+        relus = relu_after(program)
         absorbed: set[str] = set()
         for index, node in enumerate(program.nodes):
             step = self._steps[index]
             if node.name in absorbed:
-                self._steps[index] = replace(step, function=_same)
+                self._steps[index] = replace(step, function=same)
             elif _is_constant_convolution(node, program.weights):
-                then = readers.get(node.name, [])
-                follower = nodes.get(then[0]) if len(then) == 1 else None
-                relu = follower is not None and follower.op == "aten.relu"
-                if relu and follower is not None:
-                    absorbed.add(follower.name)
+                relu = node.name in relus
+                if relu:
+                    absorbed.add(relus[node.name])
                 source = node.args["input"]
                 assert isinstance(source, Ref)
                 size = specs[source.name].sized(PACKED_ROWS)
@@ -93,7 +90,3 @@ def _packed_convolution(
         return pointwise(x, packed, addend, padding, stride, dilation, groups, attribute, [], "")
 
     return convolve
-
-
-def _same(value: Tensor) -> Tensor:
-    return value

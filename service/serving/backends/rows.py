@@ -73,6 +73,11 @@ def random_rows(inputs: Sequence[RowSpec], batch: int, seed: int = 0) -> tuple[T
     return tuple(spec.random(batch, seed + index) for index, spec in enumerate(inputs))
 
 
+def is_image(inputs: Sequence[RowSpec]) -> bool:
+    """Whether the only input looks like an image: [channels, height, width] of real numbers."""
+    return len(inputs) == 1 and len(inputs[0].shape) == 3 and inputs[0].dtype.is_floating_point
+
+
 def checked_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
     """The sizes ascending, without repetition. Raises ValueError if there is none to serve with."""
     sizes = tuple(sorted(set(batch_sizes)))

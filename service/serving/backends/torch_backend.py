@@ -35,5 +35,5 @@ class TorchBackend:
         precision, or a device that is not there.
         """
         if device.partition(":")[0] == "cuda":
-            return TorchCuda(program, device, precision, batch_sizes)
+            return TorchCuda(program, device, precision, batch_sizes, self._choices)
         return TorchCpu(program, precision, batch_sizes, self._choices)

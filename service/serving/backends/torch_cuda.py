@@ -1,12 +1,11 @@
-"""PyTorch on a CUDA device: channels-last, one captured graph per prepared batch size."""
+"""PyTorch on a CUDA device: the fastest way to lay the network out, captured per batch size."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -14,6 +13,10 @@ from torch import Tensor
 from service.errors import BackendFailed
 from service.graph import Program, ProgramModule
 from service.serving.backends.base import Description, Precision, Streams
+from service.serving.backends.choices import Choices, choice_key
+from service.serving.backends.cuda_lane import Forward, Lane
+from service.serving.backends.epilogues import CudnnModule
+from service.serving.backends.parts import BatchPart
 from service.serving.backends.rows import (
     as_outputs,
     checked_sizes,
@@ -21,28 +24,45 @@ from service.serving.backends.rows import (
     computing_program,
     first_line,
     padded_size,
+    random_rows,
     signature,
     warm_up,
 )
 
 log = logging.getLogger(__name__)
 
+LANES = 2
+"""Batches under way at once: one computes while the next is copied."""
+
 
 @dataclass(frozen=True)
-class _Captured:
-    """One batch size: its graph and the device tensors that it writes."""
+class _Way:
+    """One way to lay the program out: in which memory format, and by which operators."""
 
-    graph: torch.cuda.CUDAGraph
-    outputs: tuple[Tensor, ...]
+    name: str
+    layout: torch.memory_format
+    module: type[ProgramModule]
+
+
+_PLAIN = _Way("contiguous_format", torch.contiguous_format, ProgramModule)
+_WAYS = (
+    _Way("channels_last", torch.channels_last, ProgramModule),
+    _Way("channels_last, fused ReLU", torch.channels_last, CudnnModule),
+    _PLAIN,
+    _Way("contiguous_format, fused ReLU", torch.contiguous_format, CudnnModule),
+)
 
 
 class TorchCuda:
     """A program on one CUDA device.
 
-    Rows go through one pinned buffer to a fixed place on the device; a batch is padded to the next
-    prepared size, whose captured graph is replayed. A program that cannot be captured runs eagerly
-    and says so in `describe().notes`. `float32` means float32: PyTorch's default of TF32 inside
-    convolutions is switched off unless `tf32` was asked for.
+    Rows go through pinned memory, images as grey levels where they came so, and are normalised
+    there. A batch is padded to the next prepared size, whose captured graph is replayed. Two
+    batches are under way at once, so that copies hide behind what is computed. Which layout is
+    fastest differs by precision (in float32 it is mostly the one that is slowest in float16), so
+    it is measured. A program that cannot be captured runs eagerly and says so in
+    `describe().notes`. `float32` means float32: PyTorch's default of TF32 inside convolutions is
+    switched off unless `tf32` was asked for.
     """
 
     def __init__(
@@ -51,6 +71,7 @@ class TorchCuda:
         device: str,
         precision: Precision,
         batch_sizes: Sequence[int],
+        choices: Choices | None = None,
     ) -> None:
         if precision == "int8":
             raise BackendFailed(
@@ -65,18 +86,17 @@ class TorchCuda:
         self._device = torch.device(device)
         self._precision = precision
         self._dtypes = [computing_dtype(spec, precision) for spec in self.inputs]
-        images = any(len(spec.shape) == 3 for spec in self.inputs)
-        self._layout = torch.channels_last if images else torch.contiguous_format
+        self._choices = choices or Choices()
         self._threads = torch.get_num_threads()
         self._notes: tuple[str, ...] = ()
-        self._captured: dict[int, _Captured] = {}
-        self._module: ProgramModule | None = None
-        self._staging: list[Tensor] = []
-        self._input: list[Tensor] = []
-        computing = computing_program(program, precision, self._layout)
-        self._bytes = computing.weight_bytes
+        self._way = _PLAIN
+        self._program: Program | None = program
+        self._bytes = computing_program(program, precision, torch.contiguous_format).weight_bytes
+        self._lanes: list[Lane] = []
+        self._free: SimpleQueue[Lane] = SimpleQueue()
         try:
-            self._allocate(computing)
+            self._add_lane()
+            self._lanes[0].forward = self._forward(program, self._way)
         except RuntimeError as error:  # out of memory, or a device that is lost or not there
             self.close()
             raise BackendFailed(
@@ -84,50 +104,41 @@ class TorchCuda:
                 remedy="Unload other models, lower FOLDSERVE_MAX_BATCH, or use a larger device.",
             ) from error
 
-    def _allocate(self, computing: Program) -> None:
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._module = ProgramModule(computing).to(self._device)
-        largest = self.batch_sizes[-1]
-        self._staging = [
-            torch.zeros((largest, *spec.shape), dtype=spec.dtype, pin_memory=True)
-            for spec in self.inputs
-        ]
-        self._input = [torch.zeros_like(staged, device=self._device) for staged in self._staging]
-        # Zeros and weights were written on this thread's stream, and another one reads them.
-        torch.cuda.synchronize(self._device)
-
     def warm(self) -> Iterator[None]:
-        """Capture a graph per prepared size, then run every one of them."""
+        """Choose the layout, capture a graph per prepared size and lane, then run each of them."""
         self._threads = torch.get_num_threads()  # a thread has its own number
-        yield from self._capture()
-        yield from warm_up(self)
+        program, self._program = self._program, None
+        if program is not None:
+            if any(len(spec.shape) == 3 for spec in self.inputs):
+                yield from self._choose(program)
+            self._open_lanes()
+            yield from self._capture()
+            self.streams = Streams(len(self._lanes), self.batch_sizes[-1], self.run, self._run)
+        yield from warm_up(self)  # two runs of each size: one in each lane
 
     def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Outputs for a batch of at most the largest prepared size."""
-        if self._module is None:
+        return self._run([BatchPart(batch)])
+
+    def repeat(self, size: int) -> None:
+        """Compute what lies on the device for a prepared `size` again, without any copies.
+
+        For measuring what the copies cost. Raises KeyError for a program that runs eagerly.
+        """
+        self._lanes[0].repeat(size)
+
+    def _run(self, parts: Sequence[BatchPart]) -> tuple[Tensor, ...]:
+        if not self._lanes:
             raise BackendFailed("The program was unloaded.")
-        rows = len(batch[0])
-        size = padded_size(self.batch_sizes, rows)
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            for column, staging, place in zip(batch, self._staging, self._input, strict=True):
-                staging[:rows].copy_(column)
-                place[:rows].copy_(staging[:rows], non_blocking=True)
-            if captured := self._captured.get(size):
-                captured.graph.replay()
-                outputs = captured.outputs
-            else:
-                with self._arithmetic():
-                    outputs = self._forward(rows)
-            answers = [
-                torch.empty((rows, *o.shape[1:]), dtype=o.dtype, pin_memory=True) for o in outputs
-            ]
-            for answer, output in zip(answers, outputs, strict=True):
-                answer.copy_(output[:rows], non_blocking=True)
-            self._stream.synchronize()
-        return tuple(answers)
+        size = padded_size(self.batch_sizes, sum(map(len, parts)))
+        lane = self._free.get()
+        try:
+            return lane.run(parts, size)
+        finally:
+            self._free.put(lane)
 
     def describe(self) -> Description:
-        """`notes` tell when graphs could not be captured, so that the program runs eagerly."""
+        """`notes` tell what was measured, and when graphs could not be captured."""
         return Description(
             backend="torch",
             backend_version=str(torch.__version__),
@@ -135,7 +146,7 @@ class TorchCuda:
             place=str(self._device),
             precision=self._precision,
             threads=self._threads,
-            layout=str(self._layout).removeprefix("torch."),
+            layout=self._way.name,
             batch_sizes=self.batch_sizes,
             weight_bytes=self._bytes,
             notes=self._notes,
@@ -143,65 +154,97 @@ class TorchCuda:
 
     def close(self) -> None:
         """Free graphs, weights and staging memory; a later `run` raises BackendFailed."""
-        self._module = None
-        for captured in self._captured.values():
-            captured.graph.reset()
-        self._captured.clear()
-        self._staging, self._input = [], []
+        for lane in self._lanes:
+            lane.forget()
+        self._lanes.clear()
+        self._free = SimpleQueue()
+        self._program = self.streams = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _forward(self, rows: int) -> tuple[Tensor, ...]:
-        assert self._module is not None
-        batch = [
-            place[:rows].to(dtype, memory_format=self._layout)
-            if place.dim() == 4
-            else place[:rows].to(dtype)
-            for place, dtype in zip(self._input, self._dtypes, strict=True)
-        ]
-        return as_outputs(self._module(*batch))
+    def _add_lane(self) -> None:
+        self._lanes.append(self._lane())
+        self._free.put(self._lanes[-1])
+
+    def _lane(self) -> Lane:
+        tf32 = self._precision == "tf32"
+        return Lane(self._device, self.inputs, self.batch_sizes[-1], tf32)
+
+    def _open_lanes(self) -> None:
+        """As many as there should be, or as there is memory for."""
+        try:
+            while len(self._lanes) < LANES:
+                self._add_lane()
+                self._lanes[-1].forward = self._lanes[0].forward
+        except RuntimeError as error:
+            self._notes += (f"one batch at a time: {first_line(error)}",)
+
+    def _forward(self, program: Program, way: _Way) -> Forward:
+        module = way.module(computing_program(program, self._precision, way.layout))
+        module.to(self._device)
+        torch.cuda.synchronize(self._device)  # the lanes read the weights on streams of their own
+        dtypes, layout = self._dtypes, way.layout
+
+        def forward(columns: list[Tensor]) -> tuple[Tensor, ...]:
+            batch = [
+                column.to(dtype, memory_format=layout) if column.dim() == 4 else column.to(dtype)
+                for column, dtype in zip(columns, dtypes, strict=True)
+            ]
+            return as_outputs(module(*batch))
+
+        return forward
+
+    def _choose(self, program: Program) -> Iterator[None]:
+        """Measure every way at one row and at the most, in a lane each, and keep the fastest."""
+        sizes = sorted({1, self.batch_sizes[-1]})
+        key = choice_key(
+            "cuda layout", program, 0, self._precision, self.batch_sizes, str(self._device)
+        )
+        known = self._choices.get(key)
+        trials: dict[str, Lane] = {}
+        for way in [w for w in _WAYS if known is not None and w.name == known.name] or _WAYS:
+            try:
+                trials[way.name] = self._trial(program, way, sizes)
+            except RuntimeError as error:  # no room, or something that this way cannot do
+                log.info("%s is not possible: %s", way.name, error)
+                self._notes += (f"{way.name} is not possible: {first_line(error)}",)
+            yield
+        if not trials:
+            return
+        choice = yield from self._choices.choose(
+            key, {name: trial.repeat for name, trial in trials.items()}, sizes
+        )
+        first, *others = trials
+        self._notes += tuple(
+            f"{name} took {choice.relative[name]:.2f} of {first}"
+            for name in others
+            if name in choice.relative
+        )
+        self._way = next(way for way in _WAYS if way.name == choice.name)
+        self._lanes[0].forward = trials[choice.name].forward
+        trials.clear()
+        torch.cuda.empty_cache()
+
+    def _trial(self, program: Program, way: _Way, sizes: Sequence[int]) -> Lane:
+        """A lane of its own with the program laid out so, and some rows in it."""
+        lane = self._lane()
+        lane.forward = self._forward(program, way)
+        for size in reversed(sizes):
+            lane.capture(size)
+        lane.run([BatchPart(random_rows(self.inputs, sizes[-1]))], sizes[-1])
+        return lane
 
     def _capture(self) -> Iterator[None]:
-        pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self.batch_sizes):  # the largest first, so that the pool fits the rest
-            try:
-                self._captured[size] = self._captured_graph(size, pool)
-            except RuntimeError as error:
-                log.warning("CUDA graph capture failed, the program runs eagerly: %s", error)
-                self._captured.clear()
-                torch.cuda.empty_cache()
-                self._notes = (f"runs eagerly: CUDA graph capture failed ({first_line(error)})",)
-                return
-            yield
-
-    def _captured_graph(self, size: int, pool: Any) -> _Captured:
-        with torch.inference_mode(), self._arithmetic():
-            with torch.cuda.stream(self._stream):
-                for _ in range(3):  # algorithms are chosen and workspaces made here
-                    self._forward(size)
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                outputs = self._forward(size)
-        return _Captured(graph, outputs)
-
-    @contextmanager
-    def _arithmetic(self) -> Iterator[None]:
-        """PyTorch's flags for what is computed or captured inside; a replay needs none."""
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        before = cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision  # type: ignore[attr-defined]
-        wanted = "tf32" if self._precision == "tf32" else "ieee"
-        _set_arithmetic(True, wanted, wanted)
-        try:
-            yield
-        finally:
-            _set_arithmetic(*before)
-
-
-def _set_arithmetic(benchmark: bool, convolutions: str, products: str) -> None:
-    # One setting each, by the names of torch 2.9 and later: the older ones may not be mixed in.
-    torch.backends.cudnn.benchmark = benchmark
-    torch.backends.cudnn.conv.fp32_precision = convolutions  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = products
+        for lane in self._lanes:
+            for size in reversed(self.batch_sizes):  # the largest first: the pool fits the rest
+                try:
+                    lane.capture(size)
+                except RuntimeError as error:
+                    log.warning("CUDA graph capture failed, the program runs eagerly: %s", error)
+                    for each in self._lanes:
+                        each.forget()
+                    torch.cuda.empty_cache()
+                    why = first_line(error)
+                    self._notes += (f"runs eagerly: CUDA graph capture failed ({why})",)
+                    return
+                yield
