@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api import problems
 from service.api.middleware import security_headers
+from service.api.whole import answering_whole
 from service.errors import FoldserveError, HeadTooLarge, RequestStalled
 from service.settings import Settings
 
@@ -177,6 +178,10 @@ class Connection(HttpToolsProtocol):
         self._refuse(RequestStalled(f"The request's head did not end within {seconds:g} s."))
 
     # ---- answers ------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        once: Any = answering_whole(app, cycle)
+        super()._start_asgi_task(cycle, once)
 
     @property
     def _idle(self) -> bool:
