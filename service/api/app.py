@@ -29,6 +29,7 @@ from service.api.access import describe
 from service.api.direct import DirectDispatch
 from service.api.guard import Guard, cors
 from service.api.keyring import Keyring
+from service.api.layers import Application
 from service.api.metrics import Metrics
 from service.api.middleware import AroundEveryRequest
 from service.api.ratelimit import RateLimit
@@ -71,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
         if end_tracing is not None:
             await run_in_threadpool(end_tracing)
 
-    app = FastAPI(
+    app = Application(
         title="Foldserve",
         version=__version__,
         description=DESCRIPTION,
@@ -79,6 +80,8 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        # `tracing` sees to it; FastAPI would ask at every request whether somebody else does.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     problems.install(app)
     # First, hence the innermost: whatever is added after it is around direct routes too.

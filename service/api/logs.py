@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 
+from service.api import request_id
 from service.settings import Settings
 
 
@@ -17,7 +18,7 @@ def configure(settings: Settings) -> None:
         settings.log_format == "auto" and sys.stderr.isatty()
     )
     shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
+        request_id.add,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import problems
 from service.api.metrics import Metrics
+from service.api.request_id import CURRENT
 
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -35,6 +36,7 @@ _SECURITY = {
     "content-security-policy": CONTENT_SECURITY_POLICY,
 }
 _SECURITY_PAIRS = tuple((name.encode(), value.encode()) for name, value in _SECURITY.items())
+_SECURITY_NAMES = frozenset(name for name, _ in _SECURITY_PAIRS)
 CLIENT_LEFT = 499
 # Ids have to differ, not to be secret, and the system's entropy costs several times as much.
 _RANDOM = random.Random()
@@ -81,7 +83,7 @@ class AroundEveryRequest:
             await send(message)
 
         self._metrics.began()
-        structlog.contextvars.bind_contextvars(request_id=request_id)
+        token = CURRENT.set(request_id)
         try:
             await self._app(scope, receive, decorated)
         except ClientDisconnect:
@@ -103,7 +105,7 @@ class AroundEveryRequest:
                     status=status,
                     milliseconds=round(seconds * 1e3, 2),
                 )
-            structlog.contextvars.clear_contextvars()
+            CURRENT.reset(token)
 
 
 def _draining(scope: Scope) -> bool:
@@ -118,6 +120,8 @@ def _completed(
     """The response's headers with the request's id and the security headers that it lacks."""
     given = list(headers)
     names = {name for name, _ in given}
+    if _SECURITY_NAMES.isdisjoint(names):
+        return [*given, identity, *_SECURITY_PAIRS]
     return [*given, identity, *(pair for pair in _SECURITY_PAIRS if pair[0] not in names)]
 
 

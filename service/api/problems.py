@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -108,34 +109,63 @@ def document(
     """The problem document of an error, or of one stored as `to_dict` gave it."""
     if not isinstance(error, FoldserveError):
         error = FoldserveError.from_dict(dict(error))
-    facts = error.to_dict()
-    head = {
-        "type": f"/problems/{facts['code']}",
-        "title": facts.pop("title"),
-        "status": int(status_of(type(error))),
-        "detail": facts.pop("detail"),
-    }
+    kind = type(error)
+    row = _ROWS.get(kind) or _row(kind)
+    problem: dict[str, Any] = {**row.head, "detail": error.detail}
     if instance is not None:
-        head["instance"] = instance
-    # Standard members first, and no further fact hides one of them.
-    further = {**facts, **extra}
-    return {**head, **{name: value for name, value in further.items() if name not in head}}
+        problem["instance"] = instance
+    problem["code"] = row.code
+    problem["remedy"] = error.remedy
+    for name, value in (error.extra | extra).items():
+        problem.setdefault(name, value)  # no further fact hides a standard member
+    return problem
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What the documents of one error class have in common."""
+
+    head: Mapping[str, Any]
+    code: str
+
+
+_ROWS: dict[type[FoldserveError], _Row] = {}
+
+
+def _row(kind: type[FoldserveError]) -> _Row:
+    code, status = kind.code(), status_of(kind).value
+    head = {"type": f"/problems/{code}", "title": kind.title, "status": status}
+    return _ROWS.setdefault(kind, _Row(head, code))
+
+
+class _Problem(Response):
+    """A response whose headers are known: to find them out costs more than the document."""
+
+    def __init__(self, body: bytes, status: int, headers: Mapping[str, str]) -> None:
+        self.status_code, self.body, self.background = status, body, None
+        self.raw_headers = [
+            *(
+                (name.lower().encode("latin-1"), value.encode("latin-1"))
+                for name, value in headers.items()
+            ),
+            (b"content-length", b"%d" % len(body)),
+            (b"content-type", MEDIA_TYPE.encode()),
+        ]
 
 
 def response(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
     """A problem document as a response with its own status; under `/v2` as that protocol has it."""
     if v2_errors.speaks_v2(str(body.get("instance", ""))):
         return v2_errors.response(body, headers)
-    return Response(
-        json_bytes(body), status_code=body["status"], headers=headers, media_type=MEDIA_TYPE
-    )
+    return _Problem(json_bytes(body), body["status"], headers or {})
 
 
 def error_response(error: FoldserveError, instance: str) -> Response:
     """The response for an error raised while serving `instance` (a path)."""
-    if status_of(type(error)) >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    problem = document(error, instance)
+    if problem["status"] >= HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("request failed", code=error.code(), detail=error.detail, path=instance)
-    return response(document(error, instance), _headers(error))
+    return response(problem, _headers(error))
 
 
 def install(app: FastAPI) -> None:
