@@ -83,6 +83,7 @@ FoldserveError
     ├── DeadlineExceeded
     ├── BackendFailed
     ├── ModelFaulty
+    │   └── DeviceLost
     └── NotLoaded
 
 An error is a sentence for a person (`detail`), what that person can do (`remedy`), a stable `code`
@@ -738,6 +739,16 @@ class ModelFaulty(ServingError):
 
     title = "The model or its device is out of order"
     remedy = "It is being loaded again; repeat the request after the time in Retry-After."
+
+
+class DeviceLost(ModelFaulty):
+    """Nothing can be computed on `device` in this process any more, so that it starts itself anew.
+
+    Requests for what was loaded there answer `model_faulty`.
+    """
+
+    title = "The device is lost"
+    remedy = "The service starts itself anew; repeat the request after the time in Retry-After."
 
 
 class NotLoaded(ServingError):

@@ -3,7 +3,8 @@
 A program is out of order when it cannot even run rows of the service's own (see the batcher). It
 then answers 503, its memory is given back, and it is loaded anew at growing intervals. The other
 models go on. Readiness is off meanwhile, for a limited number of attempts: one model that cannot be
-cured must not keep a service with others out of traffic for ever.
+cured must not keep a service with others out of traffic for ever. On a device that is lost nothing
+is mended: readiness stays off until the process is another one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from service.errors import ModelFaulty
+from service.errors import DeviceLost, ModelFaulty
 
 log = structlog.get_logger(__name__)
 
@@ -25,10 +26,14 @@ Key = tuple[str, int]
 
 @dataclass
 class Fault:
-    """A version that is out of order: why, since when, and how often it was loaded again."""
+    """A version that is out of order: why, since when, and how often it was loaded again.
+
+    `for_good`: loading it again is pointless, because its device is lost.
+    """
 
     detail: str
     since: float
+    for_good: bool = False
     attempts: int = 0
     next_attempt: float = 0.0
 
@@ -56,7 +61,7 @@ class Recovery:
     @property
     def under_way(self) -> bool:
         """Whether a model is out of order that the service has not given up yet."""
-        return any(fault.attempts < self._attempts for fault in self.faults.values())
+        return any(f.for_good or f.attempts < self._attempts for f in self.faults.values())
 
     def check(self, key: Key) -> None:
         """Raises ModelFaulty when a version is out of order."""
@@ -89,6 +94,8 @@ class Recovery:
             await asyncio.sleep(self._check_seconds)
             self.note()
             for key, fault in list(self.faults.items()):
+                if fault.for_good:
+                    continue
                 if time.monotonic() >= fault.next_attempt and key in self.faults:
                     await self._mend(key, fault)
 
@@ -97,7 +104,8 @@ class Recovery:
         for key, error in self._found().items():
             if key not in self.faults:
                 self.seen += 1
-                self.faults[key] = Fault(f"{type(error).__name__}: {error}", time.monotonic())
+                detail, for_good = f"{type(error).__name__}: {error}", isinstance(error, DeviceLost)
+                self.faults[key] = Fault(detail, time.monotonic(), for_good)
                 log.error("model_faulty", model=key[0], version=key[1], detail=str(error))
 
     async def _mend(self, key: Key, fault: Fault) -> None:

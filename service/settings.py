@@ -23,8 +23,10 @@ PREFIX = "FOLDSERVE_"
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 # Variables with the prefix that are no settings: tests and the commands for a remote service read
-# them.
-_NOT_SETTINGS = frozenset({"FOLDSERVE_API_KEY", "FOLDSERVE_CONFORMANCE", "FOLDSERVE_URL"})
+# them, and one is what a service tells itself when it starts anew.
+_NOT_SETTINGS = frozenset(
+    {"FOLDSERVE_API_KEY", "FOLDSERVE_CONFORMANCE", "FOLDSERVE_RESTARTED_AT", "FOLDSERVE_URL"}
+)
 
 
 _HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
@@ -325,6 +327,16 @@ class Settings(BaseSettings):
     )
     fault_wait_seconds: float = _setting(
         60.0, "s", "Longest wait between two reloads of a faulty model.", gt=0
+    )
+    restart_limit: int = _setting(
+        3,
+        "restarts",
+        "Times that the service starts itself anew within `restart_window_seconds` because a "
+        "device is lost; the next time, with 0 the first, it exits with status 1.",
+        ge=0,
+    )
+    restart_window_seconds: float = _setting(
+        600.0, "s", "Within this time restarts after a lost device are counted.", gt=0
     )
     idle_unload_seconds: float = _setting(
         600.0, "s", "Training forms and versions that are no default are unloaded after this.", gt=0

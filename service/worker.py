@@ -24,11 +24,12 @@ import structlog
 from service import pipeline
 from service.checkpoint import ReadLimits
 from service.checkpoint.child import ChildLimits, run_sandboxed, sandbox_features
-from service.checkpoint.launch import start_fork_server
+from service.checkpoint.launch import end_fork_server, start_fork_server
 from service.errors import (
     Conflict,
     ConversionCrashed,
     ConversionOutOfMemory,
+    DeviceLost,
     FoldserveError,
     ModelNotFound,
     StoreError,
@@ -61,7 +62,8 @@ class Hooks(Protocol):
     ) -> dict[str, Any] | None:
         """Load and warm the programs (kinds `deploy_program`, perhaps `train_program`).
 
-        Returns how the version runs, for its resource; None if it cannot be served.
+        Returns how the version runs, for its resource; None if it cannot be served. DeviceLost ends
+        the worker and leaves the version to the next start.
         """
 
     def published(self, version: VersionRecord) -> None:
@@ -147,6 +149,10 @@ class Worker:
         if self._lease is not None and not self._thread.is_alive():
             self._lease.close()
 
+    def end_helpers(self) -> None:
+        """After `stop`: end the processes from which conversions are forked."""
+        end_fork_server()
+
     @property
     def alive(self) -> bool:
         """Whether the thread runs: false before `start`, and once it has ended."""
@@ -195,6 +201,8 @@ class Worker:
                 self._walk(version, scratch)
             self._unsettled = False
         except Exception as error:
+            if isinstance(error, DeviceLost):  # nothing can be prepared before the next start
+                self.give_up()
             if not isinstance(error, FoldserveError):
                 log.exception("conversion_failed", model=version.model, version=version.version)
             if self._stopping.is_set():  # also what ending it led to, such as a cancelled load

@@ -79,12 +79,16 @@ def eventually(holds: Callable[[], bool], what: str, seconds: float = 60) -> flo
 
 @contextmanager
 def running(
-    folder: Path, environment: Mapping[str, str] | None = None, *arguments: str, fresh: bool = False
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *arguments: str,
+    fresh: bool = False,
+    module: str = "service.cli",
 ) -> Iterator[RunningServer]:
     """`foldserve serve` on a free port with its data in `folder`, ready when this returns.
 
     It is the fork of a process that has imported everything, for importing takes most of a start;
-    `fresh`, it is a process from the beginning, as users have it.
+    `fresh`, it is a process from the beginning, as users have it; `module` is what that runs.
     """
     own = _environment()
     # Not the default priority: on a machine that others keep busy, an idle process never runs. Not
@@ -96,7 +100,7 @@ def running(
     log_file.write_bytes(b"")
     process: Process
     if fresh or sys.platform != "linux":
-        process = _started(serve, own, log_file)
+        process = _started(module, serve, own, log_file)
     else:
         process = _stable().fork(serve, own, log_file)
     try:
@@ -129,8 +133,10 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("FOLDSERVE_")}
 
 
-def _started(arguments: list[str], environment: Mapping[str, str], log_file: Path) -> Process:
-    command = [sys.executable, "-m", "service.cli", *arguments]
+def _started(
+    module: str, arguments: list[str], environment: Mapping[str, str], log_file: Path
+) -> Process:
+    command = [sys.executable, "-m", module, *arguments]
     with log_file.open("wb") as log:
         return subprocess.Popen(command, cwd=ROOT, env=dict(environment), stderr=log)
 

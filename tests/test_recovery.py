@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.errors import BackendFailed, ModelFaulty
+from service.errors import BackendFailed, DeviceLost, ModelFaulty
 from service.recovery import Recovery
 from service.serving.batcher import Batcher
 from service.serving.device import Device
@@ -99,3 +99,70 @@ def test_what_is_deleted_is_not_mended() -> None:
     assert made.to_list()[0]["model"] == "net"
     made.forget("net", None)
     assert made.faults == {}
+
+
+def test_nothing_is_mended_on_a_lost_device() -> None:
+    async def scene() -> None:
+        made, broken, tried = recovery()
+        broken["net", 1] = DeviceLost("cuda:0: CUDA error", device="cuda:0")
+        broken["other", 1] = RuntimeError("of another device")
+        task = asyncio.create_task(made.run())
+        while len(tried) < 4:
+            await asyncio.sleep(0.01)
+        del broken["other", 1]
+        while len(made.faults) > 1:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        assert list(made.faults) == [("net", 1)]
+        assert made.faults["net", 1].attempts == 0
+        assert made.under_way, "readiness stays off, whatever the number of attempts"
+
+    asyncio.run(scene())
+
+
+def test_a_lost_device_takes_its_models_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that ran nothing themselves too; another device's models go on."""
+    breaking = Breaking()
+
+    def find_lost(place: str) -> DeviceLost | None:
+        sticky = breaking.lost is not None and "assert" in str(breaking.lost)
+        return DeviceLost(f"{place}: {breaking.lost}", device=place) if sticky else None
+
+    monkeypatch.setattr("service.serving.device.find_lost", find_lost)
+
+    async def scene() -> None:
+        gpu, cpu = Device("cuda:0", threads=1), Device("cpu", threads=1)
+        prepared = Doubler()
+        batcher, beside = Batcher(breaking, gpu), Batcher(prepared, gpu)
+        elsewhere = Batcher(Doubler(), cpu)
+        breaking.lost = RuntimeError("CUDA error: out of memory")
+        with pytest.raises(BackendFailed):
+            await batcher.submit(rows(1.0))
+        await beside.submit(rows(1.0))
+        assert gpu.lost is None, "the control: an error after which the device computes"
+
+        breaking.lost = RuntimeError("CUDA error: device-side assert triggered")
+        breaking.gate.clear()
+        batcher = Batcher(breaking, gpu)
+        asked = [asyncio.create_task(batcher.submit(rows(float(n)))) for n in range(4)]
+        await asyncio.sleep(0.05)
+        breaking.gate.set()
+        failed = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(error, BackendFailed | ModelFaulty) for error in failed)
+        assert any(isinstance(error, ModelFaulty) for error in failed), "those who came together"
+        with pytest.raises(ModelFaulty, match="device-side assert") as refused:
+            await beside.submit(rows(1.0))
+        assert refused.value.code() == "model_faulty"
+        assert refused.value.extra["retry_after"] > 0
+        assert isinstance(beside.fault, DeviceLost)
+        await elsewhere.submit(rows(1.0))
+        assert elsewhere.fault is None
+
+        await gpu.call(lambda: gpu.free(prepared, prepared.close))
+        assert not prepared.closed, "freeing what a lost device held would abort the process"
+        await cpu.call(lambda: cpu.free(prepared, prepared.close))
+        assert prepared.closed
+        gpu.close()
+        cpu.close()
+
+    asyncio.run(scene())

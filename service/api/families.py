@@ -110,7 +110,10 @@ def of_devices() -> Iterator[Metric]:
         "foldserve_device_memory_bytes", "Memory of a device.", labels=["device", "kind"]
     )
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+        except RuntimeError:  # it is lost
+            continue
         for kind, value in (
             ("allocated", torch.cuda.memory_allocated(index)),
             ("reserved", torch.cuda.memory_reserved(index)),

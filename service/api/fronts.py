@@ -27,6 +27,7 @@ log = structlog.get_logger("foldserve")
 
 _START_SECONDS: Final = 60.0
 _LEAST_LIFE_SECONDS: Final = 1.0
+_KILL_SECONDS: Final = 5.0
 _SECRET: Final = (PREFIX, "AWS_")
 
 
@@ -74,8 +75,10 @@ class Fronts:
         self._listening.close()
         for process in self._running.values():
             process.back.drain()
-        await asyncio.wait(self._keeping, timeout=seconds)
-        self.kill()
+        _, left = await asyncio.wait(self._keeping, timeout=seconds)
+        if left:
+            self.kill()
+            await asyncio.wait(left, timeout=_KILL_SECONDS)
 
     @property
     def pids(self) -> list[int]:

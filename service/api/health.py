@@ -50,7 +50,7 @@ def is_usable(service: Service, body: dict[str, Any]) -> bool:
     """Whether a service of which `overview` said this may get traffic."""
     host = service.host
     mended = not host.recovery.under_way and not host.all_faulty
-    working = not body["loading"] and all(body["checks"].values())
+    working = not body["loading"] and not body["lost_devices"] and all(body["checks"].values())
     return working and mended and not service.draining
 
 
@@ -70,7 +70,10 @@ async def overview(service: Service) -> dict[str, Any]:
     failures = service.host.failures
     service.host.recovery.note()
     faults = service.host.recovery.to_list()
-    healthy = all(checks.values()) and not (failures or damaged or loading or faults)
+    lost = [
+        {"device": each.extra["device"], "detail": each.detail} for each in service.host.models.lost
+    ]
+    healthy = all(checks.values()) and not (failures or damaged or loading or faults or lost)
     return {
         "status": "draining" if service.draining else "ok" if healthy else "degraded",
         "version": __version__,
@@ -83,6 +86,7 @@ async def overview(service: Service) -> dict[str, Any]:
             for (model, version), error in sorted(failures.items())
         ],
         "faults": faults,
+        "lost_devices": lost,
         "damaged_blobs": damaged,
         "weight_bytes": service.host.models.weight_bytes,
         "checks": checks,

@@ -240,6 +240,9 @@ class HealthAnswer(Answer):
     faults: list[dict[str, Any]] = Field(
         description="Loaded versions that are out of order and are being loaded again."
     )
+    lost_devices: list[dict[str, Any]] = Field(
+        description="Devices that compute nothing any more; the service starts itself anew."
+    )
     damaged_blobs: list[dict[str, Any]] = Field(
         description="Blobs that versions need and that were found missing or altered."
     )

@@ -20,6 +20,8 @@ from service.api.draining import DrainingServer
 from service.api.front_process import uvicorn_config
 from service.api.fronts import Fronts
 from service.api.logs import configure
+from service.api.restart import leave, restart
+from service.api.state import Service
 from service.errors import FoldserveError, StoreError
 from service.provision import Provision
 from service.settings import Settings
@@ -39,15 +41,31 @@ after every operator. Python's own 5 ms let refusals eat up the throughput of wh
 class _Server(DrainingServer):
     """Tells the application that the end has begun, so that streams and waits finish by themselves.
 
-    The first signal drains; a second one ends at once, as uvicorn does.
+    The first signal drains; a second one ends at once, as uvicorn does. A device that is lost
+    drains as well: `lost` tells it, and `signalled` whether somebody wants the end all the same.
     """
 
+    lost = False
+    signalled = False
+
+    @property
+    def service(self) -> Service | None:
+        """The application's parts, once they were opened."""
+        return getattr(getattr(self.config.app, "state", None), "service", None)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        state = getattr(getattr(self.config.app, "state", None), "service", None)
-        if state is not None:
-            state.stopping.set()
-            state.worker.give_up()
+        self.signalled = True
+        if (service := self.service) is not None:
+            service.begin_end()
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if not self.lost and (service := self.service) is not None:
+            for device in service.host.models.lost:
+                log.error("device_lost", device=device.extra["device"], reason=device.detail)
+                service.begin_end()
+                self.lost = self.should_exit = True
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self._serve_from(sockets or [])
@@ -98,7 +116,10 @@ class _FrontedServer(_Server):
 
 
 def run(settings: Settings) -> int:
-    """Serve until a signal comes; returns the exit status (0 after an orderly end)."""
+    """Serve until a signal comes; returns the exit status (0 after an orderly end).
+
+    Does not return once a device was lost: the process is replaced, or ends.
+    """
     configure(settings)
     if settings.keys_required and not _has_key(settings):
         return 1
@@ -129,7 +150,7 @@ def run(settings: Settings) -> int:
     server = _FrontedServer(config, settings) if several else _Server(config)
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        server.should_exit = True
+        server.should_exit = server.signalled = True
 
     # Signals before uvicorn's handlers end the start; uvicorn raises the one that ended it once
     # more afterwards, which must not turn an orderly end into a death by signal.
@@ -137,6 +158,10 @@ def run(settings: Settings) -> int:
         signal.signal(number, stop)
     with listening:
         server.run(sockets=[listening])
+    if server.lost and (service := server.service) is not None:
+        if server.signalled:
+            leave(0)
+        restart(settings, service.worker.end_helpers)
     return 0 if server.started else 1
 
 

@@ -50,6 +50,11 @@ class Service:
         """Whether the service takes no new traffic because it is about to end."""
         return self.stopping.is_set()
 
+    def begin_end(self) -> None:
+        """Take no new traffic; streams, waits and the conversion under way end by themselves."""
+        self.stopping.set()
+        self.worker.give_up()
+
 
 def of(request: Request) -> Service:
     """The service that this request reached."""

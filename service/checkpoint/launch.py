@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
+from multiprocessing import (
+    context,
+    forkserver,
+    popen_forkserver,
+    reduction,
+    resource_tracker,
+    spawn,
+    util,
+)
 from multiprocessing.context import set_spawning_popen
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -80,6 +89,23 @@ def start_fork_server(preload: Sequence[str] = ()) -> None:
         forkserver.set_forkserver_preload(list(_wanted))
         with _clean_start():
             forkserver.ensure_running()
+
+
+def end_fork_server() -> None:
+    """Kill the fork server and the resource tracker that it came with, and wait for their end.
+
+    They end by themselves with the process, but one that execs keeps its children and would never
+    hear of their end. Killed, because each waits for whoever still holds its pipe.
+    """
+    helpers: tuple[tuple[Any, str], ...] = (
+        (vars(forkserver)["_forkserver"], "_forkserver_pid"),
+        (vars(resource_tracker)["_resource_tracker"], "_pid"),
+    )
+    with _starting:
+        for helper, pid in helpers:
+            if (running := getattr(helper, pid)) is not None:
+                os.kill(running, signal.SIGKILL)
+                helper._stop()
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:

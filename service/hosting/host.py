@@ -21,6 +21,7 @@ import structlog
 from service.bench import BenchPlan, Comparison, Subject, compare_in_steps
 from service.errors import (
     FoldserveError,
+    ModelFaulty,
     ModelNotFound,
     ModelUnloaded,
     NotLoaded,
@@ -310,13 +311,19 @@ class Host:
     ) -> dict[str, Any] | None:
         """Load and warm a converted version beside whatever serves now, if it can be served.
 
-        Returns how it runs: `Description.to_dict`.
+        Returns how it runs: `Description.to_dict`. Raises what loading raises, or DeviceLost: then
+        it is not the version that is to blame.
         """
         if ARTIFACTS["deploy"] not in programs or version.model in self._unloaded:
             return None
-        with contextlib.suppress(ModelUnloaded):  # it is published all the same
+        try:
             return self._on_loop(self._load_into_set(version, programs)).to_dict()
-        return None
+        except ModelUnloaded:  # it is published all the same
+            return None
+        except ModelFaulty:
+            if lost := self.models.lost:
+                raise lost[0] from None
+            raise
 
     def published(self, version: VersionRecord) -> None:
         """Let the model's default answer; that is this version unless the default is pinned."""

@@ -71,8 +71,12 @@ class Batcher:
         self._closing = False
         inline = self._streams is None and _runs_anywhere(prepared)
         self._inline_seconds = self.limits.inline_seconds if inline else 0.0
-        self.fault: Exception | None = None
+        self._fault: Exception | None = None
+
+    @property
+    def fault(self) -> Exception | None:
         """Why the program is out of order: not even rows of our own could be run."""
+        return self._device.lost or self._fault
 
     async def submit(self, rows: Rows, deadline: float | None = None) -> Result:
         """Outputs for `rows`, N >= 1 of them, each output [N, ...] in the same order.
@@ -241,8 +245,11 @@ class Batcher:
         try:
             return self._compute(batch, run)
         except Exception as error:
+            self._device.ask(error)
             if len(batch) == 1:
                 return self._blame(batch[0], error)
+            if self._device.lost is not None:  # nobody can tell whose rows did that
+                return [answer for one in batch for answer in self._blame(one, self._faulty())]
             log.warning("a batch of %d requests failed, each is tried alone: %s", len(batch), error)
         answers = []
         for one in batch:
@@ -250,6 +257,7 @@ class Batcher:
             try:
                 answers += self._compute([one], run)
             except Exception as error:
+                self._device.ask(error)
                 answers += self._blame(one, error)
         return answers
 
@@ -259,10 +267,13 @@ class Batcher:
             run([BatchPart(random_rows(self._inputs, 1))])
         except Exception as fault:
             log.error("a program is out of order: %s", fault)
-            self.fault = fault
+            self._device.ask(fault)
+            self._fault = fault
 
     def _faulty(self) -> ModelFaulty:
-        return ModelFaulty(f"{type(self.fault).__name__}: {self.fault}", retry_after=1.0)
+        if self._device.lost is not None:
+            return self._device.refusal()
+        return ModelFaulty(f"{type(self._fault).__name__}: {self._fault}", retry_after=1.0)
 
     def _compute(self, batch: list[Slice], run: Run) -> list[Answer]:
         start = monotonic()

@@ -26,11 +26,15 @@ from typing import TypeVar
 
 import torch
 
-from service.errors import NotLoaded
+from service.errors import DeviceLost, ModelFaulty, NotLoaded
+from service.serving.backends import find_lost
 
 T = TypeVar("T")
 Job = Callable[[], object]
 log = logging.getLogger(__name__)
+
+_ANEW_SECONDS = 10.0
+"""About what the service takes to start itself anew."""
 
 
 def available_cpus() -> int:
@@ -54,6 +58,9 @@ class Device:
         """`threads` bounds the CPU threads of all that runs; 0 means every CPU that is there."""
         self.device = device
         self.threads = threads or available_cpus()
+        self.lost: DeviceLost | None = None
+        """Why nothing can be computed here until the process is another one; see `ask`."""
+        self._kept: list[object] = []
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Job, bool]] = deque()
         self._running = 0
@@ -122,6 +129,30 @@ class Device:
 
         self.post(job)
         return await future
+
+    def ask(self, failed: Exception) -> None:
+        """After something failed here: ask the device itself whether it is lost. For its threads.
+
+        What a lost device was working with is kept, for the end of the process alone can free it:
+        PyTorch aborts the process when pinned memory is freed that such a device was to fill. The
+        frames of the error hold it.
+        """
+        if self.lost is None:
+            self.lost = find_lost(self.device)
+        if self.lost is not None:
+            self._kept.append(failed)
+
+    def free(self, held: object, release: Callable[[], None]) -> None:
+        """Have what holds memory here release it, unless the device is lost. For its threads."""
+        if self.lost is None:
+            release()
+        else:
+            self._kept.append(held)
+
+    def refusal(self) -> ModelFaulty:
+        """What whoever wants something of a lost device is answered."""
+        assert self.lost is not None
+        return ModelFaulty(self.lost.detail, remedy=self.lost.remedy, retry_after=_ANEW_SECONDS)
 
     def close(self) -> None:
         """Finish what was posted, then end the threads; waits for them. May be called twice."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from service.errors import FormNotAvailable, NotLoaded
+from service.errors import DeviceLost, FormNotAvailable, NotLoaded
 from service.graph import Program
 from service.serving.backends import Choices, Prepared
 from service.serving.device import Device
@@ -196,6 +196,11 @@ class ModelSet:
             for key, runner in self._runners.items()
             if runner.batcher.fault is not None
         }
+
+    @property
+    def lost(self) -> tuple[DeviceLost, ...]:
+        """The devices that compute nothing any more, until the process is another one."""
+        return tuple(device.lost for device in self._devices.values() if device.lost is not None)
 
     @property
     def weight_bytes(self) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -121,7 +122,7 @@ class Runner:
     async def close(self) -> None:
         """Answer what waits, then give the memory back."""
         await self.batcher.close()
-        await self.device.call(self.prepared.close)
+        await self.device.call(lambda: self.device.free(self.prepared, self.prepared.close))
 
 
 async def start_runner(
@@ -136,8 +137,8 @@ async def start_runner(
 
     The device serves other programs meanwhile and between the steps. Raises what `read` raises,
     LimitExceeded when a single row takes more than `options.max_bytes`, BackendFailed when the
-    program cannot run as `options` ask, and CertificateFailed when what runs does not agree with
-    the program.
+    program cannot run as `options` ask, CertificateFailed when what runs does not agree with the
+    program, and ModelFaulty when the device is lost.
     """
     started = time.monotonic()
     backend = backend_named(options.backend, choices, device.threads)
@@ -148,12 +149,18 @@ async def start_runner(
         own = options.calibration() if options.calibration is not None else None
         return backend.prepare(program, device.device, options.precision, sizes, own)
 
-    prepared = await asyncio.to_thread(prepare)
+    try:
+        prepared = await asyncio.to_thread(prepare)
+    except Exception as error:
+        await device.call(partial(device.ask, error))
+        if device.lost is not None:
+            raise device.refusal() from error
+        raise
     try:
         await run_steps(device, prepared.warm())
     except BaseException:
         with contextlib.suppress(NotLoaded):
-            device.post(prepared.close)
+            device.post(lambda: device.free(prepared, prepared.close))
         raise
     return Runner(key, prepared, device, limits, time.monotonic() - started)
 
@@ -179,10 +186,21 @@ def _largest_batch(program: Program, options: LoadOptions) -> int:
 
 
 async def run_steps(device: Device, steps: Iterator[None]) -> None:
-    """Run a generator on the device thread, one step per job, so that others get their turns."""
+    """Run a generator on the device thread, one step per job, so that others get their turns.
+
+    Raises what a step raises, or ModelFaulty when the device is lost.
+    """
 
     def advance() -> bool:
-        return next(steps, _END) is not _END
+        if device.lost is not None:
+            raise device.refusal()
+        try:
+            return next(steps, _END) is not _END
+        except Exception as error:
+            device.ask(error)
+            if device.lost is not None:
+                raise device.refusal() from error
+            raise
 
     while await device.call(advance):
         pass

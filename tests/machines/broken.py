@@ -11,7 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from service import worker
+from service.cli import main
+from service.errors import DeviceLost
 from service.graph import Program
+from service.serving import device as devices
 from service.serving.backends import torch_cpu
 
 
@@ -60,3 +63,44 @@ def device() -> None:
 
     torch_cpu.TorchCpu.__init__ = marked  # type: ignore[method-assign]
     torch_cpu.TorchCpu.run = failing  # type: ignore[method-assign]
+
+
+def sticky_device() -> None:
+    """Once a run finds the file STICKY_ERROR, nothing can be computed in this process any more.
+
+    The file goes with that, so that the next process is well; unless it says `always`.
+    """
+    flag = Path(os.environ["STICKY_ERROR"])
+    message = "CUDA error: device-side assert triggered"
+    run, begin = torch_cpu.TorchCpu.run, torch_cpu.TorchCpu.__init__
+    lost = False
+
+    def touch() -> None:
+        nonlocal lost
+        if flag.exists():
+            lost = True
+            if flag.read_text() != "always":
+                flag.unlink()
+        if lost:
+            raise RuntimeError(message)
+
+    def preparing(self: Any, *args: Any, **kwargs: Any) -> None:
+        if lost:
+            raise RuntimeError(message)
+        begin(self, *args, **kwargs)
+
+    def running(self: Any, *args: Any) -> tuple[Tensor, ...]:
+        touch()
+        return run(self, *args)
+
+    def find_lost(place: str) -> DeviceLost | None:
+        return DeviceLost(f"{place}: {message}", device=place) if lost else None
+
+    torch_cpu.TorchCpu.__init__ = preparing  # type: ignore[method-assign]
+    torch_cpu.TorchCpu.run = running  # type: ignore[method-assign]
+    devices.find_lost = find_lost
+
+
+if __name__ == "__main__":  # a whole process, which can exec: FAULT names the fault
+    globals()[os.environ["FAULT"]]()
+    main()

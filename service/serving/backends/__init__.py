@@ -2,6 +2,7 @@
 
 from service.serving.backends.base import Backend, Description, Precision, Prepared
 from service.serving.backends.choices import Choices
+from service.serving.backends.lost import find_lost
 from service.serving.backends.parts import BatchPart, Levels
 from service.serving.backends.registry import backend_named, backend_names, can_quantise
 from service.serving.backends.rows import RowSpec, powers_of_two, random_rows
@@ -18,6 +19,7 @@ __all__ = [
     "backend_named",
     "backend_names",
     "can_quantise",
+    "find_lost",
     "powers_of_two",
     "random_rows",
 ]
