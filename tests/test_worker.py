@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from service import worker as module
+from service.errors import DeviceLost
 from service.hosting import worker_limits
 from service.settings import Settings
 from service.store import BlobStore, Catalog, sqlite_url
@@ -49,4 +50,30 @@ def test_what_the_end_of_the_service_breaks_is_taken_up_again(
     version = catalog.get_version("net", 1)
     assert version.state.value == state
     assert (version.error or {}).get("code") == code
+    catalog.close()
+
+
+def test_a_lost_device_is_no_fault_of_what_was_to_be_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes back into the queue, for the next start, and nothing else is taken up."""
+
+    class Lost(NoHooks):
+        def prepare(self, *_: Any) -> None:
+            raise DeviceLost("cuda:0: CUDA error", device="cuda:0")
+
+    catalog = Catalog(sqlite_url(tmp_path / "catalog.sqlite"))
+    blobs = BlobStore(tmp_path / "blobs")
+    worker = Worker(catalog, blobs, tmp_path / "scratch", worker_limits(Settings()), Lost())
+    converted = {"form": "train", "architecture": {}, "fusion": {}, "files": {}}
+    monkeypatch.setattr(module, "run_sandboxed", lambda *_, **__: converted)
+    with blobs.writer() as writer:
+        writer.write(b"weights")
+        ref = writer.commit()
+    catalog.create_version("net", ref.sha256, ref.size, "net.pth", {})
+    worker.start()
+    worker.stop(30)
+    assert not worker.alive
+    assert catalog.get_version("net", 1).state.value == "queued"
+    assert worker.conversions()["interrupted"].count == 1
     catalog.close()

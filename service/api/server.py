@@ -158,7 +158,7 @@ def run(settings: Settings) -> int:
         signal.signal(number, stop)
     with listening:
         server.run(sockets=[listening])
-    if server.lost and (service := server.service) is not None:
+    if (service := server.service) is not None and service.host.models.lost:
         if server.signalled:
             leave(0)
         restart(settings, service.worker.end_helpers)

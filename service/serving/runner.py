@@ -152,7 +152,8 @@ async def start_runner(
     try:
         prepared = await asyncio.to_thread(prepare)
     except Exception as error:
-        await device.call(partial(device.ask, error))
+        with contextlib.suppress(NotLoaded):
+            await device.call(partial(device.ask, error))
         if device.lost is not None:
             raise device.refusal() from error
         raise
