@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -13,6 +14,8 @@ from prometheus_client.registry import Collector
 from service import __version__
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+_COUNTED_TOGETHER = 16
 
 
 class Metrics:
@@ -44,6 +47,7 @@ class Metrics:
         running.set_function(lambda: self._running)
         self._running = 0
         self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._uncounted: deque[tuple[str, str, int, float]] = deque()
         self.uploaded_bytes = Counter(
             "foldserve_uploaded_bytes", "Bytes of accepted checkpoints.", registry=self.registry
         )
@@ -53,14 +57,29 @@ class Metrics:
         self._running += 1
 
     def ended(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request out; `status` 499 means that the client left first."""
+        """Count a request out; `status` 499 means that the client left first.
+
+        The series hear of it together with others: one alone costs ten times as much as remembering
+        it, for by the next request nothing of that code is left in a cache.
+        """
         self._running -= 1
-        series = self._series.get((route, method, status))
-        if series is None:  # looking a series up by its labels costs more than counting
-            requests = self._requests.labels(route, method, str(status))
-            series = self._series[route, method, status] = requests, self._seconds.labels(route)
-        series[0].inc()
-        series[1].observe(seconds)
+        self._uncounted.append((route, method, status, seconds))
+        if len(self._uncounted) >= _COUNTED_TOGETHER:
+            self._count()
+
+    def _count(self) -> None:
+        uncounted = self._uncounted
+        while uncounted:
+            try:
+                route, method, status, seconds = uncounted.popleft()
+            except IndexError:  # another thread has counted the last one
+                return
+            series = self._series.get((route, method, status))
+            if series is None:  # looking a series up by its labels costs more than counting
+                requests = self._requests.labels(route, method, str(status))
+                series = self._series[route, method, status] = requests, self._seconds.labels(route)
+            series[0].inc()
+            series[1].observe(seconds)
 
     def watch(self, read: Callable[[], Iterable[Metric]]) -> None:
         """Add families that are read from their source at every scrape."""
@@ -68,6 +87,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """The exposition text."""
+        self._count()
         return generate_latest(self.registry)
 
 
