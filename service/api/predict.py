@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service import errors
-from service.api import images, tensors
+from service.api import images, problems, tensors
 from service.api.bodies import MultipartReader, Part, media_type, too_large, whole, whole_or_view
 from service.api.direct import DirectRoute, direct
 from service.api.documented import inlined, refusals
@@ -58,7 +58,8 @@ async def predict(request: Request) -> Response:
     name: str = request.path_params["name"]
     asked = _asked(request.query_params if request.scope["query_string"] else {}, service)
     found = await find_hosted(service, name, asked.version)
-    found.require_room(asked.form)
+    if (full := found.full(asked.form)) is not None:
+        return problems.error_response(full, request.scope["path"])
     rows = await _rows(request, service, found, asked.form)
     work = compute(service, found, asked.version, rows, asked.form)
     found, result = await unless_departed(request, work)

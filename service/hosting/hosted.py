@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from service.errors import QueueFull
 from service.serving import Form, ModelSet, Prepared, Result, Rows, RowSpec
 from service.store import VersionRecord
 
@@ -54,9 +55,9 @@ class Hosted:
         """Whether images should come as grey levels: the device normalises them itself."""
         return self.models.takes_levels(self.model, self.version, form)
 
-    def require_room(self, form: Form) -> None:
-        """Raise QueueFull if one more row would be refused: before a body is read for nothing."""
-        self.models.require_room(self.model, self.version, form)
+    def full(self, form: Form) -> QueueFull | None:
+        """What one more row would be refused with: to know before a body is read for nothing."""
+        return self.models.full(self.model, self.version, form)
 
     def expecting(self, form: Form, rows: int) -> contextlib.AbstractContextManager[None]:
         """Hold places in the queue for rows that are being decoded. Raises QueueFull."""

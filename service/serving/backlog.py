@@ -74,10 +74,10 @@ class Backlog:
             self._waiting.append(request)
             self._waiting_rows += len(request)
 
-    def require_room(self) -> None:
-        """Raise QueueFull if one more row would find no place."""
+    def full(self) -> QueueFull | None:
+        """What one more row would be refused with, if it would find no place."""
         with self._lock:
-            self._check_room(1)
+            return self._refused(1)
 
     @contextmanager
     def expecting(self, rows: int) -> Iterator[None]:
@@ -211,13 +211,18 @@ class Backlog:
 
     def _check_room(self, rows: int) -> None:
         """Raise QueueFull if `rows` more find no place; the lock is held."""
+        if (refused := self._refused(rows)) is not None:
+            raise refused
+
+    def _refused(self, rows: int) -> QueueFull | None:
         taken = self._waiting_rows + self._expected_rows
-        if taken + rows > self._queue_rows:
-            self._counts["rejected"] += 1
-            raise QueueFull(
-                f"{taken} rows wait already, of at most {self._queue_rows}.",
-                retry_after=round(self._seconds_until_room(taken + rows), 3),
-            )
+        if taken + rows <= self._queue_rows:
+            return None
+        self._counts["rejected"] += 1
+        return QueueFull(
+            f"{taken} rows wait already, of at most {self._queue_rows}.",
+            retry_after=round(self._seconds_until_room(taken + rows), 3),
+        )
 
     def _seconds_until_room(self, wanted: int) -> float:
         """When enough rows will have been taken, at the rate measured so far (1 s if unknown)."""

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from service.errors import BackendFailed, BadInput, ModelFaulty, NotLoaded
+from service.errors import BackendFailed, BadInput, ModelFaulty, NotLoaded, QueueFull
 from service.serving.backends.base import Prepared, Streams
 from service.serving.backends.parts import BatchPart, joined
 from service.serving.backends.rows import is_image, random_rows
@@ -111,9 +111,12 @@ class Batcher:
         """Whether grey levels go to the device as they are, and are normalised there."""
         return self._takes_levels and is_image(self._inputs)
 
-    def require_room(self) -> None:
-        """Raise QueueFull if one more row would find no place; for before a request is read."""
-        self._backlog.require_room()
+    def full(self) -> QueueFull | None:
+        """What one more row would be refused with, if it would: for before a request is read.
+
+        It is counted as refused. Not raised, for that takes as long as all the rest.
+        """
+        return self._backlog.full()
 
     def expecting(self, rows: int) -> AbstractContextManager[None]:
         """Hold places for rows that are being decoded, so that what is decoded is bounded too.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from service.errors import DeviceLost, FormNotAvailable, NotLoaded
+from service.errors import DeviceLost, FormNotAvailable, NotLoaded, QueueFull
 from service.graph import Program
 from service.serving.backends import Choices, Prepared
 from service.serving.device import Device
@@ -142,11 +142,10 @@ class ModelSet:
         runner = self._runners.get(ModelKey(model, version, form))
         return runner is not None and runner.batcher.takes_levels
 
-    def require_room(self, model: str, version: int, form: Form) -> None:
-        """Raise QueueFull if one more row would be refused; a form not loaded yet refuses none."""
+    def full(self, model: str, version: int, form: Form) -> QueueFull | None:
+        """What one more row would be refused with, if it would; a form not loaded refuses none."""
         runner = self._runners.get(ModelKey(model, version, form))
-        if runner is not None:
-            runner.batcher.require_room()
+        return None if runner is None else runner.batcher.full()
 
     def expecting(
         self, model: str, version: int, form: Form, rows: int

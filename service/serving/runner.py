@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,8 +60,7 @@ class LoadOptions:
         return "cuda:0" if self.device == "cuda" else self.device
 
 
-@dataclass(frozen=True)
-class ModelKey:
+class ModelKey(NamedTuple):
     """One program among those loaded."""
 
     model: str

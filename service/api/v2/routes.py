@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from service import errors
-from service.api import bodies, compression
+from service.api import bodies, compression, problems
 from service.api.direct import DirectRoute, direct
 from service.api.documented import Responses
 from service.api.encoding import json_bytes
@@ -185,7 +185,8 @@ async def serve(request: Request) -> Response:
     service = of(request)
     version = checked_version(request.path_params.get("version"))
     on = await find_hosted(service, request.path_params["name"], version)
-    on.require_room("deploy")
+    if (full := on.full("deploy")) is not None:
+        return problems.error_response(full, request.scope["path"])
     body = await _body(request, service, on)
     head = rest.head_length(request.headers.get(rest.HEADER_LENGTH), len(body))
     if head > service.settings.max_json_bytes:
