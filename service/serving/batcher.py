@@ -114,7 +114,7 @@ class Batcher:
     def full(self) -> QueueFull | None:
         """What one more row would be refused with, if it would: for before a request is read.
 
-        It is counted as refused. Not raised, for that takes as long as all the rest.
+        It is counted as refused. It is not raised: to unwind the calls costs more than to look.
         """
         return self._backlog.full()
 

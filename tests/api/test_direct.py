@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api import predict
 from service.api.app import create_app
 from service.api.direct import DirectDispatch, DirectRoute, direct
+from service.api.guard import Guard
+from service.api.middleware import AroundEveryRequest
 from service.api.v2 import routes as v2
 from service.errors import BadInput
 from service.settings import Settings
@@ -81,6 +84,18 @@ def test_the_dispatch_is_the_innermost_and_knows_every_direct_route(tmp_path: Pa
     direct_paths = {path for path, _ in _direct_operations(app.openapi())}
     assert known == direct_paths
     assert len(known) == len(predict.router.routes) + len(v2.hot.routes)
+
+
+def test_the_middleware_stands_around_the_layers_of_fastapi(tmp_path: Path) -> None:
+    app = create_app(Settings(data_dir=tmp_path))
+    around = app.build_middleware_stack()
+    assert isinstance(around, AroundEveryRequest)
+    guard = around._app
+    assert isinstance(guard, Guard)
+    dispatch = guard._app
+    assert isinstance(dispatch, DirectDispatch)
+    assert isinstance(dispatch._app, ServerErrorMiddleware)
+    assert len(app.user_middleware) == 3  # they are still listed where FastAPI lists them
 
 
 def _direct_operations(openapi: Any) -> list[tuple[str, Any]]:
