@@ -110,7 +110,7 @@ def test_padding_rows_and_graphs_do_not_change_an_answer(program: Program) -> No
     batch = torch.randn(3, 3, 10, 10)
     together = prepared.run((batch,))[0]
     alone = torch.cat([prepared.run((row[None],))[0] for row in batch])
-    assert prepared.describe().notes == ()
+    assert not any("eagerly" in note for note in prepared.describe().notes)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
