@@ -19,6 +19,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _arms(
     module: nn.Module, deploy: Program, precision: Any, options: argparse.Namespace
 ) -> Iterator[Arm]:
-    fused = ProgramModule(deploy)
     dtype: torch.dtype = getattr(torch, dtype_name(precision))
+
+    def training() -> nn.Module:
+        return copy.deepcopy(module)
+
+    def fused() -> nn.Module:
+        return ProgramModule(deploy.to(dtype_name(precision)))
+
     for name, layout in FORMATS.items():
-        yield Arm(f"training form, eager, {name}", _on_device(module, dtype, layout))
-    for name, layout in FORMATS.items():
-        yield Arm(f"deploy form, eager, {name}", _on_device(fused, dtype, layout))
-    if options.compile and precision in COMPILED:
-        torch._inductor.config.max_autotune_conv_backends = (
-            "ATEN,TRITON" if options.every_convolution else "ATEN"
+        yield Arm(
+            f"training form, eager, {name}", _with(_moved(training(), dtype, layout), dtype, layout)
         )
+    for name, layout in FORMATS.items():
+        yield Arm(
+            f"deploy form, eager, {name}", _with(_moved(fused(), dtype, layout), dtype, layout)
+        )
+    if options.compile and precision in COMPILED:
+        inductor = import_module("torch._inductor.config")
+        inductor.max_autotune_conv_backends = "ATEN,TRITON" if options.every_convolution else "ATEN"
         for name, layout in FORMATS.items():
             compiled: Callable[..., object] = torch.compile(mode="max-autotune", dynamic=False)(
-                _moved(fused, dtype, layout)
+                _moved(fused(), dtype, layout)
             )
             yield Arm(f"deploy form, torch.compile, {name}", _with(compiled, dtype, layout))
     served = TorchCuda(deploy, "cuda:0", precision, sorted({1, *options.batches}))
@@ -120,17 +130,11 @@ def _arms(
 
 
 def _moved(module: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
-    moved = copy.deepcopy(module).to(device="cuda", dtype=dtype)
-    for tensor in (*moved.parameters(), *moved.buffers()):
+    module.to(device="cuda", dtype=dtype)
+    for tensor in (*module.parameters(), *module.buffers()):
         if tensor.dim() == 4:
             tensor.data = tensor.data.contiguous(memory_format=layout)
-    return moved
-
-
-def _on_device(
-    module: nn.Module, dtype: torch.dtype, layout: torch.memory_format
-) -> Callable[[Batch], object]:
-    return _with(_moved(module, dtype, layout), dtype, layout)
+    return module
 
 
 def _with(
@@ -163,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, default=80.0, help="budget of all measurements")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--every-convolution", action="store_true", help="see above; hours")
+    parser.add_argument("--every-convolution", action="store_true", help="see above")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser

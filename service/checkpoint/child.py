@@ -383,6 +383,8 @@ def _settle(
     os.umask(0o077)
     for name in ("TMPDIR", "HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
         os.environ[name] = str(scratch)
+    # PyTorch names folders after the user, and the list of users is not for a child to read.
+    os.environ.setdefault("LOGNAME", "foldserve")
     tempfile.tempdir = None
     torch = importlib.import_module("torch")
     torch.set_num_threads(limits.threads)

@@ -213,13 +213,15 @@ class Batcher:
 
         A long backlog is taken in fewer, larger ones: its callers wait for the others anyway.
         """
-        waiting = min(self._backlog.rows, self._largest)
-        if waiting < streams.count and streams.parts is None:
-            with self._device.whole_if_free() as free:
-                if free:
-                    self._run_batch(waiting or 1, self._run)
-                    return
-        share = max(1, -(-waiting // streams.count))
+        waiting = self._backlog.rows
+        if streams.parts is None:
+            waiting = min(waiting, self._largest)
+            if waiting < streams.count:
+                with self._device.whole_if_free() as free:
+                    if free:
+                        self._run_batch(waiting or 1, self._run)
+                        return
+        share = min(self._largest, max(1, -(-waiting // streams.count)))
         rows = max(streams.rows, share // _PIECES)
         while share > 0:
             ran = self._run_batch(min(share, rows), self._run_beside)
