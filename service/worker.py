@@ -63,7 +63,7 @@ class Hooks(Protocol):
         """Load and warm the programs (kinds `deploy_program`, perhaps `train_program`).
 
         Returns how the version runs, for its resource; None if it cannot be served. DeviceLost ends
-        the worker and leaves the version to the next start.
+        the worker and leaves the version to the next start, if it has an attempt left.
         """
 
     def published(self, version: VersionRecord) -> None:
@@ -201,11 +201,15 @@ class Worker:
                 self._walk(version, scratch)
             self._unsettled = False
         except Exception as error:
-            if isinstance(error, DeviceLost):  # nothing can be prepared before the next start
-                self.give_up()
             if not isinstance(error, FoldserveError):
                 log.exception("conversion_failed", model=version.model, version=version.version)
-            if self._stopping.is_set():  # also what ending it led to, such as a cancelled load
+            if isinstance(error, DeviceLost):
+                # Nothing can be prepared before the next start. The attempt counts, for the device
+                # may be lost because of this very version.
+                self.give_up()
+                result = "interrupted"
+                self._recover((self.name,))
+            elif self._stopping.is_set():  # also what ending it led to, such as a cancelled load
                 result = "interrupted"
                 self._release(version)
             else:

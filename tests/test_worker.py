@@ -53,10 +53,10 @@ def test_what_the_end_of_the_service_breaks_is_taken_up_again(
     catalog.close()
 
 
-def test_a_lost_device_is_no_fault_of_what_was_to_be_prepared(
+def test_what_a_lost_device_interrupts_is_taken_up_as_often_as_may_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes back into the queue, for the next start."""
+    """It goes back into the queue, for the next start; but it may be what the device died of."""
 
     class Lost(NoHooks):
         def prepare(self, *_: Any) -> None:
@@ -64,14 +64,19 @@ def test_a_lost_device_is_no_fault_of_what_was_to_be_prepared(
 
     catalog = Catalog(sqlite_url(tmp_path / "catalog.sqlite"))
     blobs = BlobStore(tmp_path / "blobs")
-    worker = Worker(catalog, blobs, tmp_path / "scratch", worker_limits(Settings()), Lost())
     converted = {"form": "train", "architecture": {}, "fusion": {}, "files": {}}
     monkeypatch.setattr(module, "run_sandboxed", lambda *_, **__: converted)
     with blobs.writer() as writer:
         writer.write(b"weights")
         ref = writer.commit()
     catalog.create_version("net", ref.sha256, ref.size, "net.pth", {})
-    assert worker.run_once()
-    assert catalog.get_version("net", 1).state.value == "queued"
-    assert worker.conversions()["interrupted"].count == 1
+    limits = worker_limits(Settings(conversion_attempts=2))
+    found = []
+    for _ in range(2):
+        worker = Worker(catalog, blobs, tmp_path / "scratch", limits, Lost())
+        assert worker.run_once()
+        assert worker.conversions()["interrupted"].count == 1
+        version = catalog.get_version("net", 1)
+        found.append((version.state.value, (version.error or {}).get("code")))
+    assert found == [("queued", None), ("rejected", "conversion_interrupted")]
     catalog.close()

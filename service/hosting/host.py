@@ -311,8 +311,7 @@ class Host:
     ) -> dict[str, Any] | None:
         """Load and warm a converted version beside whatever serves now, if it can be served.
 
-        Returns how it runs: `Description.to_dict`. Raises what loading raises, or DeviceLost: then
-        it is not the version that is to blame.
+        Returns how it runs: `Description.to_dict`. Raises what loading raises, or DeviceLost.
         """
         if ARTIFACTS["deploy"] not in programs or version.model in self._unloaded:
             return None

@@ -250,7 +250,7 @@ class Batcher:
         try:
             return self._compute(batch, run)
         except Exception as error:
-            self._device.ask(error)
+            self._device.ask()
             if len(batch) == 1:
                 return self._blame(batch[0], error)
             if self._device.lost is not None:  # nobody can tell whose rows did that
@@ -262,7 +262,7 @@ class Batcher:
             try:
                 answers += self._compute([one], run)
             except Exception as error:
-                self._device.ask(error)
+                self._device.ask()
                 answers += self._blame(one, error)
         return answers
 
@@ -272,7 +272,7 @@ class Batcher:
             run([BatchPart(random_rows(self._inputs, 1))])
         except Exception as fault:
             log.error("a program is out of order: %s", fault)
-            self._device.ask(fault)
+            self._device.ask()
             self._fault = fault
 
     def _faulty(self) -> ModelFaulty:

@@ -130,20 +130,17 @@ class Device:
         self.post(job)
         return await future
 
-    def ask(self, failed: Exception) -> None:
-        """After something failed here: ask the device itself whether it is lost. For its threads.
-
-        What a lost device was working with is kept, for the end of the process alone can free it:
-        PyTorch aborts the process when pinned memory is freed that such a device was to fill. The
-        frames of the error hold it.
-        """
+    def ask(self) -> None:
+        """After something failed here: see whether the device is lost. For its threads."""
         if self.lost is None:
             self.lost = find_lost(self.device)
-        if self.lost is not None:
-            self._kept.append(failed)
 
     def free(self, held: object, release: Callable[[], None]) -> None:
-        """Have what holds memory here release it, unless the device is lost. For its threads."""
+        """Have what holds memory here release it. For its threads.
+
+        On a lost device it is kept to the end of the process: PyTorch records an event when pinned
+        memory is freed that was copied to the device, and aborts the process when it cannot.
+        """
         if self.lost is None:
             release()
         else:

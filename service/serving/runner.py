@@ -7,7 +7,6 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -152,7 +151,7 @@ async def start_runner(
         prepared = await asyncio.to_thread(prepare)
     except Exception as error:
         with contextlib.suppress(NotLoaded):
-            await device.call(partial(device.ask, error))
+            await device.call(device.ask)
         if device.lost is not None:
             raise device.refusal() from error
         raise
@@ -197,7 +196,7 @@ async def run_steps(device: Device, steps: Iterator[None]) -> None:
         try:
             return next(steps, _END) is not _END
         except Exception as error:
-            device.ask(error)
+            device.ask()
             if device.lost is not None:
                 raise device.refusal() from error
             raise

@@ -15,7 +15,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+from service import pack
 from tests.machines import small
 from tests.processes import descendants
 from tests.running import RunningServer, eventually, running
@@ -74,16 +77,20 @@ class HalfAsked:
         return answer, text
 
 
+def free_port() -> str:
+    """A port of its own: with 0 the service that starts anew would take another one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
+
+
 @contextmanager
 def sticky(folder: Path, **environment: str) -> Iterator[tuple[RunningServer, Path]]:
     """A service whose device is lost once the file beside it exists; it serves `net` already."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
     flag = folder / "sticky"
     own = {"FAULT": "sticky_device", "STICKY_ERROR": str(flag), "FOLDSERVE_MAX_BATCH": "1"}
     module = "tests.machines.broken"
     with running(
-        folder / "data", own | environment, "--port", port, fresh=True, module=module
+        folder / "data", own | environment, "--port", free_port(), fresh=True, module=module
     ) as server:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             assert small.upload(client, "net", 3, wait=True).status_code == 201
@@ -174,3 +181,59 @@ def test_a_fault_that_comes_back_ends_the_process(tmp_path: Path) -> None:
         said = events(server)
         assert (said["device_lost"], said["restarting"], said["ready"]) == (2, 1, 2)
         assert said["restarted too often"] == 1
+
+
+class Table(nn.Module):
+    """A network that an index out of range makes fail on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(4, 3), nn.Linear(3, 2)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        output: Tensor = self.linear(self.table(indices).mean(1))
+        return output
+
+
+def look_up(client: httpx.Client, index: int) -> httpx.Response:
+    rows = {"name": "input_0", "datatype": "INT64", "shape": [1, 2], "data": [0, index]}
+    return client.post("/v2/models/table/infer", json={"inputs": [rows]})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_device_that_is_really_lost(tmp_path: Path, processes: str) -> None:
+    """By an index out of range, once; and a second time, when the service may not start anew."""
+    own = {"FOLDSERVE_DEVICE": "cuda", "FOLDSERVE_HTTP_PROCESSES": processes}
+    own |= {"FOLDSERVE_MAX_BATCH": "4", "FOLDSERVE_RESTART_LIMIT": "1"}
+    torch.manual_seed(0)
+    network, bundle = Table().eval(), tmp_path / "table.safetensors"
+    pack(network, (torch.zeros(2, 2, dtype=torch.int64),), bundle)
+    truth = network(torch.tensor([[0, 3]]))[0].tolist()
+    with running(tmp_path / "data", own, "--port", free_port(), fresh=True) as server:
+
+        def is_right(client: httpx.Client) -> bool:
+            (output,) = look_up(client, 3).json()["outputs"]
+            return bool(output["data"] == pytest.approx(truth, abs=1e-5))
+
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            sent = client.post(
+                "/v1/models/table/versions",
+                content=bundle.read_bytes(),
+                headers={"Content-Type": "application/octet-stream", "Prefer": "wait=60"},
+            )
+            assert sent.status_code == 201, sent.text
+            assert is_right(client)
+            before, many = held(server), server.descriptors()
+            assert look_up(client, 4).status_code == 500
+        eventually(lambda: events(server)["ready"] == 2, "it starts anew", AGAIN_SECONDS)
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            ready = "/health/ready"
+            eventually(lambda: client.get(ready).status_code == 200, "ready", AGAIN_SECONDS)
+            assert is_right(client)
+            assert not {name for name in held(server) & before if not name.startswith("anon")}
+            eventually(lambda: server.descriptors() <= many, f"no more descriptors than {many}")
+            assert look_up(client, 4).status_code == 500
+        assert server.process.wait(AGAIN_SECONDS) == 1
+        assert events(server)["device_lost"] == 2

@@ -93,8 +93,10 @@ class Lane:
             answers = [
                 torch.empty((rows, *o.shape[1:]), dtype=o.dtype, pin_memory=True) for o in outputs
             ]
+            # Copies that wait: any other leaves an event to be recorded when the answer is let go,
+            # which aborts the process if the device is lost by then.
             for answer, output in zip(answers, outputs, strict=True):
-                answer.copy_(output[:rows], non_blocking=True)
+                answer.copy_(output[:rows])
             self._stream.synchronize()
         return tuple(answers)
 
