@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,14 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         torch.save(module.state_dict(), folder / "train.pth")
         for precision in options.precisions:
-            with ThreadPoolExecutor() as starting:  # each takes a while, and most of it waiting
-                started = {
-                    count: starting.submit(
-                        _service, stack, folder / f"{precision}-{count}", count, precision, options
-                    )
-                    for count in options.processes
-                }
-            services = {count: future.result() for count, future in started.items()}
+            services = {  # one after the other: each measures what is fastest on this device
+                count: _service(stack, folder / f"{precision}-{count}", count, precision, options)
+                for count in options.processes
+            }
             for kind in options.bodies:
                 turns = list(_rounds(services, deploy, precision, kind, options))
                 title = f"{precision}, {options.batch} images a request as {kind}"

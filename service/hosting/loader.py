@@ -22,6 +22,7 @@ ARTIFACTS: Mapping[Form, str] = {"deploy": "deploy_program", "train": "train_pro
 _PRECISIONS: Mapping[str, Precision] = {
     "auto": "float32",
     "float32": "float32",
+    "tf32": "tf32",
     "bfloat16": "bfloat16",
     "float16": "float16",
     "int8": "int8",

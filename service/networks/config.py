@@ -60,7 +60,7 @@ class ModelConfig:
     labels: tuple[str, ...] | None = None
     weights: Literal["model", "ema"] = "model"
     backend: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")] = "auto"
-    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16", "int8"] = "auto"
 
     @staticmethod
     def from_json(text: str | bytes) -> ModelConfig:
