@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import resource
 import signal
@@ -24,6 +23,7 @@ from service.api.restart import leave, restart
 from service.api.state import Service
 from service.errors import FoldserveError, StoreError
 from service.provision import Provision
+from service.serving.garbage import settle
 from service.settings import Settings
 from service.store import Catalog
 
@@ -69,10 +69,7 @@ class _Server(DrainingServer):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self._serve_from(sockets or [])
-        # What is loaded by now stays. Looking through all of it for garbage took 285 ms, during
-        # which no request was answered.
-        gc.collect()
-        gc.freeze()
+        settle()
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host

@@ -13,6 +13,7 @@ from service.errors import DeviceLost, FormNotAvailable, NotLoaded, QueueFull
 from service.graph import Program
 from service.serving.backends import Choices, Prepared
 from service.serving.device import Device
+from service.serving.garbage import settle
 from service.serving.request import Result, Rows
 from service.serving.runner import (
     Form,
@@ -95,6 +96,7 @@ class ModelSet:
         self._sources[model, version] = _Source(dict(read), options)
         self._serving.setdefault(model, version)
         await _close(stale)
+        settle()
         return runner.loaded()
 
     def activate(self, model: str, version: int) -> None:
