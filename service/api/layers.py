@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
 
 class Application(FastAPI):
-    """FastAPI, whose layers a request passes only if none of the middleware has answered it.
+    """FastAPI without its outermost layers, whose work is done by the middleware here.
 
-    FastAPI puts three of its own in front of what `add_middleware` adds: they catch errors, tell
-    telemetry of them and limit bodies, all of which is done elsewhere here, at a price for each
-    request. The errors of the middleware are caught by the outermost, `AroundEveryRequest`.
+    FastAPI puts three of its own in front of what `add_middleware` adds: they answer errors that
+    nobody expected, tell telemetry of them and limit bodies. `AroundEveryRequest` does the first,
+    for the middleware too, `tracing` the second and `bodies` the third. So a request would pass
+    them for nothing, and the first would answer in a form of its own before ours sees the error.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
-        """What was added, the last one outermost, around everything that is FastAPI's."""
+        """What was added, the last one outermost, around FastAPI from its known errors inwards."""
         added, self.user_middleware = self.user_middleware, []
-        stack = super().build_middleware_stack()
+        layers: Any = super().build_middleware_stack()
         self.user_middleware = added
+        while not isinstance(layers, ExceptionMiddleware):
+            layers = layers.app
+        stack: ASGIApp = layers
         for layer, arguments, options in reversed(added):
             stack = layer(stack, *arguments, **options)
         return stack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -48,6 +49,7 @@ class Metrics:
         self._running = 0
         self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._uncounted: deque[tuple[str, str, int, float]] = deque()
+        self._counting = threading.Lock()
         self.uploaded_bytes = Counter(
             "foldserve_uploaded_bytes", "Bytes of accepted checkpoints.", registry=self.registry
         )
@@ -68,18 +70,16 @@ class Metrics:
             self._count()
 
     def _count(self) -> None:
-        uncounted = self._uncounted
-        while uncounted:
-            try:
-                route, method, status, seconds = uncounted.popleft()
-            except IndexError:  # another thread has counted the last one
-                return
-            series = self._series.get((route, method, status))
-            if series is None:  # looking a series up by its labels costs more than counting
-                requests = self._requests.labels(route, method, str(status))
-                series = self._series[route, method, status] = requests, self._seconds.labels(route)
-            series[0].inc()
-            series[1].observe(seconds)
+        with self._counting:  # a scrape counts too, in a thread of its own
+            while self._uncounted:
+                route, method, status, seconds = self._uncounted.popleft()
+                key = route, method, status
+                series = self._series.get(key)
+                if series is None:  # looking a series up by its labels costs more than counting
+                    requests = self._requests.labels(route, method, str(status))
+                    series = self._series[key] = requests, self._seconds.labels(route)
+                series[0].inc()
+                series[1].observe(seconds)
 
     def watch(self, read: Callable[[], Iterable[Metric]]) -> None:
         """Add families that are read from their source at every scrape."""

@@ -23,11 +23,14 @@ VARIABLE: Final = f"{PREFIX}RESTARTED_AT"
 see the same clock."""
 
 
-def restart(settings: Settings, end_helpers: Callable[[], None]) -> NoReturn:
+def restart(
+    settings: Settings, end_helpers: Callable[[], None], is_over: Callable[[], bool]
+) -> NoReturn:
     """Replace this process, after nothing of it is served any more.
 
-    Ends it with status 1 instead if it was replaced too often of late. `end_helpers` ends the
-    children of the process, which would otherwise be those of the next one.
+    Ends it with status 1 instead if it was replaced too often of late, and with 0 if it `is_over`:
+    if somebody wants the end meanwhile. `end_helpers` ends the children of the process, which would
+    otherwise be those of the next one.
     """
     now = time.monotonic()
     before = recent(os.environ.get(VARIABLE, ""), now, settings.restart_window_seconds)
@@ -37,6 +40,8 @@ def restart(settings: Settings, end_helpers: Callable[[], None]) -> NoReturn:
         leave(1)
     log.warning("restarting", **facts)
     end_helpers()
+    if is_over():
+        leave(0)
     _inherit_nothing()
     os.environ[VARIABLE] = ",".join(map(str, (*before, now)))
     _flush()

@@ -158,7 +158,7 @@ def run(settings: Settings) -> int:
     if (service := server.service) is not None and service.host.models.lost:
         if server.signalled:
             leave(0)
-        restart(settings, service.worker.end_helpers)
+        restart(settings, service.worker.end_helpers, lambda: server.signalled)
     return 0 if server.started else 1
 
 

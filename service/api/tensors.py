@@ -39,9 +39,17 @@ _NAMED_REMEDY = 'Send {"inputs": {name: [...]}} with every input of the model.'
 _REMEDY = "Send what numpy.save writes for one float32 array."
 
 
-def holds_levels(body: Bytes) -> bool:
-    """Whether an npy body holds grey levels of images, as `levels_from_npy` reads them."""
-    return _head(body)[2] == np.uint8
+def images_in(body: Bytes, item_shape: Sequence[int]) -> int:
+    """How many images an npy body says it holds, as `levels_from_npy` reads them.
+
+    0 if its elements are not grey levels at all. Raises BadInput for another shape.
+    """
+    shape, _, dtype, _ = _head(body)
+    if dtype != np.uint8:
+        return 0
+    channels, height, width = item_shape
+    _check_shape(shape, (height, width, channels))
+    return shape[0] if len(shape) == 4 else 1
 
 
 def levels_from_npy(body: Bytes, item_shape: Sequence[int]) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ piece of the body; here that is done where a length was declared, so that stream
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,8 +31,13 @@ _KNOWN_LINES = {
 def answering_whole(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
     """`app` for the one request of `cycle`, with its answer written at once if it is whole."""
 
-    def serve(scope: Scope, receive: Receive, _send: Send) -> Awaitable[None]:
-        return app(scope, receive, _Answer(cycle).send)
+    async def serve(scope: Scope, receive: Receive, _send: Send) -> None:
+        answer = _Answer(cycle)
+        try:
+            await app(scope, receive, answer.send)
+        except BaseException:  # what was begun is cut off, and not taken back
+            await answer.begin()
+            raise
 
     return serve
 
@@ -58,9 +63,18 @@ class _Answer:
             if head is not None:
                 self._finish(b"".join((*head, body)))
                 return
-        send: Any = self._cycle.send
         if start is not None:
-            await send(start)
+            await self._pass_on(start)
+        await self._pass_on(message)
+
+    async def begin(self) -> None:
+        """Send the head that waits for its body, if there is one."""
+        start, self._start = self._start, None
+        if start is not None:
+            await self._pass_on(start)
+
+    async def _pass_on(self, message: Message) -> None:
+        send: Any = self._cycle.send
         await send(message)
 
     def _is_whole(self, message: Message) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -94,7 +94,7 @@ def test_the_middleware_stands_around_the_layers_of_fastapi(tmp_path: Path) -> N
     assert isinstance(guard, Guard)
     dispatch = guard._app
     assert isinstance(dispatch, DirectDispatch)
-    assert isinstance(dispatch._app, ServerErrorMiddleware)
+    assert isinstance(dispatch._app, ExceptionMiddleware)
     assert len(app.user_middleware) == 3  # they are still listed where FastAPI lists them
 
 

@@ -95,6 +95,16 @@ def test_grey_levels_of_another_shape_are_refused(http: httpx.Client, model: str
     assert told["expected"] == ["N", height, width, channels]
 
 
+def test_more_grey_levels_than_can_wait_are_refused_before_they_grow(
+    http: httpx.Client, model: str
+) -> None:
+    channels, height, width = tiny.SHAPE
+    many = np.zeros((1025, height, width, channels), np.uint8)
+    answer = http.post(f"/v1/models/{model}/predict", content=tiny.npy(many), headers=NPY)
+    told = problem(answer, 422, "bad_input")
+    assert told["detail"] == "The request has 1025 rows; at most 1024 can wait."
+
+
 def test_json_answers_labels_and_scores(http: httpx.Client, model: str) -> None:
     rows = tiny.rows(2)
     answer = http.post(

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from service import errors
 from service.api import problems
+from service.api.layers import Application
 from service.api.metrics import Metrics
 from service.api.middleware import AroundEveryRequest
 from service.errors import FoldserveError, all_kinds
@@ -93,7 +94,7 @@ def test_security_headers_are_everywhere(http: httpx.Client) -> None:
 
 def broken() -> FastAPI:
     """An application with the real error handling and routes that fail."""
-    app = FastAPI()
+    app = Application()
     problems.install(app)
     app.add_middleware(AroundEveryRequest, metrics=Metrics(), access_log=False)
 

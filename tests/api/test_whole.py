@@ -104,3 +104,25 @@ def test_what_would_break_the_connection_is_refused_as_before(
 ) -> None:
     with pytest.raises(RuntimeError, match=error):
         answered(headers, [b"hello"])
+
+
+def test_an_answer_that_fails_before_its_body_was_begun_and_is_cut_off() -> None:
+    transport = Transport()
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [LENGTH]})
+        raise OSError("the file is gone")
+
+    async def run() -> bool:
+        scope: Any = {"type": "http", "method": "GET", "http_version": "1.1"}
+        cycle = RequestResponseCycle(
+            scope, transport, FlowControl(transport), LOG, LOG, False, [],
+            asyncio.Event(), True, True, lambda: None,
+        )  # fmt: skip
+        with pytest.raises(OSError, match="the file is gone"):
+            await answering_whole(app, cycle)(scope, cycle.receive, cycle.send)
+        return cycle.response_started and not cycle.response_complete
+
+    assert asyncio.run(run())
+    (head,) = transport.written
+    assert head.startswith(b"HTTP/1.1 200 ")
