@@ -113,12 +113,11 @@ def prepared(
     program: Program,
     precision: Precision,
     batches: Sequence[int],
-    device: str = "cpu",
 ) -> Arm:
     """An arm that is warm; int8 takes its ranges from random images."""
     shape = program.inputs[0].sized(CALIBRATION_ROWS)
     own = (torch.randn(shape),) if precision == "int8" else None
-    made = backend.prepare(program, device, precision, batches, own)
+    made = backend.prepare(program, "cpu", precision, batches, own)
     for _ in made.warm():
         pass
     return Arm(name, made.run, made.describe().to_dict())

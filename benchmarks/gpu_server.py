@@ -32,16 +32,16 @@ import torch
 
 from benchmarks.arms import RESULTS, heading, save
 from benchmarks.engine import network, numbers
+from benchmarks.gpu import LEVELS
 from benchmarks.load import Outcome, Plan
 from benchmarks.subjects import NPY, ROOT, Process, Unavailable, ready_port
 from benchmarks.workload import http_request
 from service.fusion import fuse
 from service.graph import Program, trace
 from service.networks import known_names
-from service.serving import BatchPart, Levels
+from service.serving import BatchPart
 from service.serving.backends.torch_backend import TorchBackend
 
-LEVELS = Levels((1 / 58.4, 1 / 57.1, 1 / 57.4), (2.1, 2.0, 1.8))
 BOUND = "in one process, without HTTP"
 COLUMNS = ("way", "images/s", "of the bound", "failed", "server's CPU cores", "clients' cores")
 

@@ -25,7 +25,7 @@ from service.api.state import Service, of
 from service.api.uploads import ModelName
 from service.errors import BadInput, UnsupportedMediaType
 from service.hosting import Hosted
-from service.serving import BatchPart, Form, Result, Rows, as_tensor
+from service.serving import BatchPart, Form, Result, Rows, as_tensor, too_many
 
 T = TypeVar("T")
 router = APIRouter(route_class=DirectRoute, tags=["predict"])
@@ -230,16 +230,12 @@ async def _rows(request: Request, service: Service, hosted: Hosted, form: Form) 
         with hosted.expecting(form, 1):
             return await _on_thread(service, tensors.named_from_json, body, hosted.inputs)
     _check_plain(hosted)
-    if kind == tensors.NPY and _how(hosted) is not None:
+    if kind == tensors.NPY and tensors.holds_levels(body) and _how(hosted) is not None:
         count = tensors.images_in(body, hosted.item_shape)
         if count > settings.queue_rows:  # before they take four times the memory
-            raise BadInput(
-                f"The request has {count} rows; at most {settings.queue_rows} can wait.",
-                remedy="Send fewer rows at a time, or raise FOLDSERVE_QUEUE_ROWS.",
-            )
-        if count:
-            with hosted.expecting(form, count):
-                return await _on_thread(service, _levels, body, hosted, form)
+            raise too_many(count, settings.queue_rows)
+        with hosted.expecting(form, count):
+            return await _on_thread(service, _levels, body, hosted, form)
     read = tensors.from_json if kind == _JSON else tensors.from_npy
     if len(body) <= (_QUICK_JSON_BYTES if kind == _JSON else _QUICK_NPY_BYTES):
         return read(body, hosted.item_shape)

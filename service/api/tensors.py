@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import orjson
@@ -39,15 +39,18 @@ _NAMED_REMEDY = 'Send {"inputs": {name: [...]}} with every input of the model.'
 _REMEDY = "Send what numpy.save writes for one float32 array."
 
 
+def holds_levels(body: Bytes) -> bool:
+    """Whether the elements of an npy body are grey levels. Raises BadInput."""
+    return _head(body).dtype == np.uint8
+
+
 def images_in(body: Bytes, item_shape: Sequence[int]) -> int:
     """How many images an npy body says it holds, as `levels_from_npy` reads them.
 
-    0 if its elements are not grey levels at all. Raises BadInput for another shape.
+    Raises BadInput for another shape.
     """
-    shape, _, dtype, _ = _head(body)
-    if dtype != np.uint8:
-        return 0
     channels, height, width = item_shape
+    shape = _head(body).shape
     _check_shape(shape, (height, width, channels))
     return shape[0] if len(shape) == 4 else 1
 
@@ -59,7 +62,7 @@ def levels_from_npy(body: Bytes, item_shape: Sequence[int]) -> NDArray[np.uint8]
     BadInput.
     """
     channels, height, width = item_shape
-    array = _elements(body, (height, width, channels))
+    array = _elements(body, _head(body), (height, width, channels))
     return np.ascontiguousarray(array).reshape(-1, height, width, channels)
 
 
@@ -69,22 +72,21 @@ def from_npy(body: Bytes, item_shape: Sequence[int]) -> Floats:
     float16 and float64 are converted to float32; a float32 array stays a view of `body`.
     Raises BadInput.
     """
-    dtype = _head(body)[2]
-    if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
-        raise BadInput(f"The array has the type {dtype}; float32 is wanted.", remedy=_REMEDY)
-    return _batch(_elements(body, item_shape), item_shape)
+    head = _head(body)
+    if head.dtype.kind != "f" or head.dtype.itemsize not in (2, 4, 8):
+        raise BadInput(f"The array has the type {head.dtype}; float32 is wanted.", remedy=_REMEDY)
+    return _batch(_elements(body, head, item_shape), item_shape)
 
 
-def _elements(body: Bytes, item_shape: Sequence[int]) -> NDArray[Any]:
-    shape, fortran, dtype, offset = _head(body)
-    _check_shape(shape, item_shape)
-    claimed, present = math.prod(shape) * dtype.itemsize, len(body) - offset
+def _elements(body: Bytes, head: _Head, item_shape: Sequence[int]) -> NDArray[Any]:
+    _check_shape(head.shape, item_shape)
+    claimed, present = math.prod(head.shape) * head.dtype.itemsize, len(body) - head.size
     if claimed != present:
         raise BadInput(
             f"The header claims {claimed} bytes of elements; {present} follow.", remedy=_REMEDY
         )
-    flat = np.frombuffer(body, dtype=dtype, offset=offset)
-    return flat.reshape(shape, order="F" if fortran else "C")
+    flat = np.frombuffer(body, dtype=head.dtype, offset=head.size)
+    return flat.reshape(head.shape, order="F" if head.fortran else "C")
 
 
 def from_json(body: Bytes, item_shape: Sequence[int]) -> Floats:
@@ -175,18 +177,24 @@ def joined(outputs: Sequence[NDArray[Any]]) -> Floats:
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 
-def _head(body: Bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Shape, Fortran order, element type, and where the elements begin.
+class _Head(NamedTuple):
+    """What stands before the elements of an npy body; `size` in bytes, so they begin there."""
 
-    Raises BadInput.
-    """
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    size: int
+
+
+def _head(body: Bytes) -> _Head:
+    """The head of an npy body. Raises BadInput."""
     width = _WIDTHS.get(bytes(body[:8]), 0)
     length = int.from_bytes(body[8 : 8 + width], "little")
     end = 8 + width + length
     try:
         if not width or length > _HEADER_BYTES or len(body) < end:
             raise ValueError
-        return *_read_head(bytes(body[8 + width : end])), end
+        return _Head(*_read_head(bytes(body[8 + width : end])), end)
     except (ValueError, TypeError, AttributeError):
         raise BadInput("The body is not an npy file of one array.", remedy=_REMEDY) from None
 

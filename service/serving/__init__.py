@@ -16,7 +16,7 @@ from service.serving.backends import (
     random_rows,
 )
 from service.serving.batcher import Batcher
-from service.serving.columns import as_tensor
+from service.serving.columns import as_tensor, too_many
 from service.serving.device import Device, available_cpus
 from service.serving.models import ModelSet, ModelSetLimits
 from service.serving.request import Result, Rows, Timing
@@ -55,4 +55,5 @@ __all__ = [
     "can_quantise",
     "powers_of_two",
     "random_rows",
+    "too_many",
 ]

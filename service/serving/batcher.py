@@ -20,12 +20,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from service.errors import BackendFailed, BadInput, ModelFaulty, NotLoaded, QueueFull
+from service.errors import BackendFailed, ModelFaulty, NotLoaded, QueueFull
 from service.serving.backends.base import Prepared, Streams
 from service.serving.backends.parts import BatchPart, joined
 from service.serving.backends.rows import is_image, random_rows
 from service.serving.backlog import Backlog, too_late
-from service.serving.columns import checked
+from service.serving.columns import checked, too_many
 from service.serving.device import Device, hand_over
 from service.serving.request import Request, Result, Rows, Slice, monotonic
 from service.serving.stats import BatcherStats, BatchLimits
@@ -146,10 +146,7 @@ class Batcher:
         part = checked(rows, self._inputs, levels=self.takes_levels)
         count = len(part)
         if count > self.limits.queue_rows:
-            raise BadInput(
-                f"The request has {count} rows; at most {self.limits.queue_rows} can wait.",
-                remedy="Send fewer rows at a time, or raise the queue's size.",
-            )
+            raise too_many(count, self.limits.queue_rows)
         return part
 
     def _enqueue(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:

@@ -47,6 +47,14 @@ def _levels(part: BatchPart, inputs: Sequence[RowSpec], taken: bool) -> BatchPar
     return checked(normalised(values, part.levels), inputs)
 
 
+def too_many(count: int, most: int) -> BadInput:
+    """The error for a request of more rows than may wait at all."""
+    return BadInput(
+        f"The request has {count} rows; at most {most} can wait.",
+        remedy="Send fewer rows at a time, or raise the queue's size.",
+    )
+
+
 def in_order(
     rows: tuple[Column, ...] | Mapping[str, Column], inputs: Sequence[RowSpec]
 ) -> tuple[Column, ...]:

@@ -58,9 +58,8 @@ class TorchCuda:
 
     Rows go through pinned memory, images as grey levels where they came so, and are normalised
     there. A batch is padded to the next prepared size, whose captured graph is replayed. Two
-    batches are under way at once, so that copies hide behind what is computed. Which layout is
-    fastest differs by precision (in float32 it is mostly the one that is slowest in float16), so
-    it is measured. A program that cannot be captured runs eagerly and says so in
+    batches are under way at once, so that copies hide behind what is computed. The fastest way to
+    lay the program out is measured. One that cannot be captured runs eagerly and says so in
     `describe().notes`. `float32` means float32: PyTorch's default of TF32 inside convolutions is
     switched off unless `tf32` was asked for.
     """
