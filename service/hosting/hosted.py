@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -63,9 +64,9 @@ class Hosted:
         """Hold places in the queue for rows that are being decoded. Raises QueueFull."""
         return self.models.expecting(self.model, self.version, form, rows)
 
-    async def predict(self, rows: Rows, form: Form) -> Result:
+    def predict(self, rows: Rows, form: Form) -> Coroutine[Any, Any, Result]:
         """Outputs for rows, as `Batcher.submit` takes them. Raises what `ModelSet.predict` does."""
-        return await self.models.predict(self.model, rows, version=self.version, form=form)
+        return self.models.predict(self.model, rows, version=self.version, form=form)
 
 
 def _labels(version: VersionRecord) -> tuple[str, ...] | None:

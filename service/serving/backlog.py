@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from service.errors import DeadlineExceeded, QueueFull
-from service.serving.request import Request, Result, Slice, monotonic
+from service.serving.request import Answer, Outputs, Request, Slice, monotonic
 from service.serving.stats import WAIT_SECONDS, BatcherStats
 from service.serving.tally import Tally
 
@@ -28,15 +26,11 @@ only held up by other processes, which lasts for a few batches and not for dozen
 
 @dataclass(frozen=True)
 class Taken:
-    """Rows for one batch, and the requests that came too late to be in it."""
+    """Rows for one batch, how many they are, and the requests that came too late to be in it."""
 
     batch: list[Slice]
+    rows: int
     late: list[Request]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch."""
-        return sum(map(len, self.batch))
 
 
 class Backlog:
@@ -120,27 +114,48 @@ class Backlog:
                 if not request.waiting:
                     self._waiting.popleft()
             self._running_rows += room - left
-        return Taken(batch, late)
+        return Taken(batch, room - left, late)
 
     def ran(self, taken: Taken) -> None:
         """The rows of `taken` run no more, whatever became of them."""
         with self._lock:
             self._running_rows -= taken.rows
 
-    def add(
-        self, one: Slice, outputs: tuple[Tensor, ...], seconds: float, batch_rows: int
-    ) -> Result | None:
-        """The outputs of some rows; the request's result if they were the last (see `Request`)."""
+    def add(self, batch: list[Slice], outputs: Outputs, seconds: float) -> list[Answer]:
+        """Give each its rows of a batch's outputs; the results of those that have all of theirs."""
+        results: list[Answer] = []
+        begin, rows = 0, len(outputs[0])
         with self._lock:
-            return one.request.add(one.start, outputs, seconds, batch_rows)
+            for one in batch:
+                end = begin + len(one)
+                part = outputs if len(batch) == 1 else tuple(each[begin:end] for each in outputs)
+                result = one.request.add(one.start, part, seconds, rows)
+                if result is not None:
+                    results.append((one.request, result))
+                begin = end
+        return results
 
-    def drop(self, request: Request, why: str) -> bool:
-        """Stop waiting for a request; False if it already left or all its rows were taken."""
+    def depart(self, request: Request) -> None:
+        """Stop waiting for a request whose caller has left."""
         with self._lock:
-            if request.gone or (why == "expired" and not request.waiting):
-                return False
-            self._leave(request, why)
-            return True
+            if not request.gone:
+                self._leave(request, "departed")
+
+    def overdue(self) -> tuple[list[Request], float | None]:
+        """Stop waiting for all whose deadline has passed; the earliest deadline of the others."""
+        now = monotonic()
+        late: list[Request] = []
+        following = math.inf
+        with self._lock:
+            for request in self._waiting:
+                if request.gone:
+                    continue
+                if request.deadline <= now:
+                    self._leave(request, "expired")
+                    late.append(request)
+                else:
+                    following = min(following, request.deadline)
+        return late, following if following < math.inf else None
 
     def abandon(self, request: Request) -> None:
         """Run no more rows of a request that has failed."""

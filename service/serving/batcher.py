@@ -17,20 +17,19 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor
 
 from service.errors import BackendFailed, ModelFaulty, NotLoaded, QueueFull
+from service.serving.alarm import Alarm
 from service.serving.backends.base import Prepared, Streams
 from service.serving.backends.parts import BatchPart, joined
 from service.serving.backends.rows import is_image, random_rows
 from service.serving.backlog import Backlog, too_late
 from service.serving.columns import checked, too_many
 from service.serving.device import Device, hand_over
-from service.serving.request import Request, Result, Rows, Slice, monotonic
+from service.serving.request import Answer, Request, Result, Rows, Slice, monotonic
 from service.serving.stats import BatcherStats, BatchLimits
 
-Answer = tuple[Request, Result | Exception]
 Run = Callable[[Sequence[BatchPart]], tuple[Tensor, ...]]
 
 log = logging.getLogger(__name__)
@@ -65,6 +64,7 @@ class Batcher:
             self._takes_levels = self._streams.parts is not None
             self._run_beside = self._streams.parts or _joining(self._streams.run)
         self._backlog = Backlog(self.limits.queue_rows)
+        self._alarm = Alarm(self._expire)
         self._lock = threading.Lock()
         self._turns = 0
         """How many turns run or are posted: at most one for each stream."""
@@ -98,13 +98,12 @@ class Batcher:
         future: asyncio.Future[Result] = loop.create_future()
         request = Request(part, future, deadline, now)
         self._enqueue(request, loop)
-        request.timer = loop.call_later(deadline - now, self._expire, request)
+        self._alarm.set(loop, deadline)
         try:
             return await future
         finally:
-            request.timer.cancel()
             if future.cancelled():
-                self._backlog.drop(request, "departed")
+                self._backlog.depart(request)
 
     @property
     def takes_levels(self) -> bool:
@@ -141,6 +140,7 @@ class Batcher:
                 _set_error(request.future, NotLoaded("The model was unloaded meanwhile."))
         while self._turns:
             await self._device.call(_nothing)  # comes back behind the turns that are under way
+        self._alarm.clear()  # or it would hold the program until then
 
     def _checked(self, rows: Rows) -> BatchPart:
         part = checked(rows, self._inputs, levels=self.takes_levels)
@@ -175,9 +175,11 @@ class Batcher:
         """Whether a batch of that many rows is known to take less than `inline_seconds`."""
         return self._backlog.seconds_of(rows) < self._inline_seconds
 
-    def _expire(self, request: Request) -> None:
-        if self._backlog.drop(request, "expired"):
-            _set_error(request.future, too_late(request))
+    def _expire(self) -> float | None:
+        """Tell those that have waited too long; the deadline of who waits on, if anybody does."""
+        late, following = self._backlog.overdue()
+        self._deliver([(request, too_late(request)) for request in late])
+        return following
 
     # From here on: the device's threads, or the loop in their stead.
 
@@ -279,24 +281,14 @@ class Batcher:
 
     def _compute(self, batch: list[Slice], run: Run) -> list[Answer]:
         start = monotonic()
-        sizes = [len(one) for one in batch]
-        count = sum(sizes)
+        count = sum(map(len, batch))
         outputs = run([one.rows for one in batch])
         finish = monotonic()
         if any(output.dim() == 0 or len(output) != count for output in outputs):
             raise BackendFailed("An output does not have one row for each row of the input.")
         self._backlog.record(count, start, finish, batch[0].request.arrived)
-        pieces = (
-            [outputs]
-            if len(batch) == 1
-            else zip(*(torch.split(output, sizes) for output in outputs), strict=True)
-        )
-        answers: list[Answer] = []
-        for one, piece in zip(batch, pieces, strict=True):
-            result = self._backlog.add(one, piece, finish - start, count)
-            if result is not None:
-                answers.append((one.request, result))
-        return answers
+        arrays = tuple(output.numpy() for output in outputs)
+        return self._backlog.add(batch, arrays, finish - start)
 
     def _blame(self, one: Slice, error: Exception) -> list[Answer]:
         """The request that fails by itself gets the error; its other rows need not run."""

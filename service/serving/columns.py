@@ -24,11 +24,13 @@ def checked(rows: Rows, inputs: Sequence[RowSpec], *, levels: bool = False) -> B
     """
     if isinstance(rows, BatchPart):
         return _levels(rows, inputs, levels)
+    if isinstance(rows, np.ndarray) and len(inputs) == 1:  # nearly every request
+        return BatchPart((_column(rows, inputs[0]),))
     given = in_order((rows,) if isinstance(rows, np.ndarray | Tensor) else rows, inputs)
     columns = tuple(map(_column, given, inputs))
-    count = len(columns[0])
-    if any(len(column) != count for column in columns):
-        raise BadInput(f"The inputs differ in rows: {[len(column) for column in columns]}.")
+    counts = [column.size(0) for column in columns]
+    if len(set(counts)) > 1:
+        raise BadInput(f"The inputs differ in rows: {counts}.")
     return BatchPart(columns)
 
 
@@ -78,14 +80,15 @@ def in_order(
 
 def _column(rows: Column, spec: RowSpec) -> Tensor:
     """`rows` as a tensor, if it has the shape [N, *spec.shape] and the type that `spec` says."""
-    tensor = rows if isinstance(rows, Tensor) else as_tensor(rows)
-    if tuple(tensor.shape[1:]) != spec.shape or tensor.dim() == 0 or not len(tensor):
+    shape = tuple(rows.shape)
+    if shape[1:] != spec.shape or not shape or not shape[0]:
         raise BadInput(
-            f"The input {spec.name} has shape {list(tensor.shape)}; the model takes "
+            f"The input {spec.name} has shape {list(shape)}; the model takes "
             f"[{', '.join(['N', *map(str, spec.shape)])}] with N >= 1.",
             expected=["N", *spec.shape],
-            got=list(tensor.shape),
+            got=list(shape),
         )
+    tensor = rows if isinstance(rows, Tensor) else as_tensor(rows)
     if tensor.dtype != spec.dtype:
         raise BadInput(f"The input {spec.name} is {tensor.dtype}; the model takes {spec.dtype}.")
     return tensor

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,13 @@ from torch import Tensor
 from service.serving.backends.parts import BatchPart
 
 Column: TypeAlias = "Tensor | NDArray[Any]"
+Outputs: TypeAlias = "tuple[NDArray[Any], ...]"
 Rows: TypeAlias = "Column | tuple[Column, ...] | Mapping[str, Column] | BatchPart"
 """Rows of a request: one array [N, ...] where the program has one input, else one for each input,
 in order or by name; or grey levels of an image input, as a part with `levels`."""
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Where the time of a request went.
 
     `queue_seconds` from arrival to the start of its first batch; `compute_seconds` the device time
@@ -36,19 +36,13 @@ class Timing:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form: every field by its name, times in seconds."""
-        return {
-            "queue_seconds": self.queue_seconds,
-            "compute_seconds": self.compute_seconds,
-            "batch_rows": self.batch_rows,
-            "batches": self.batches,
-        }
+        return self._asdict()
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The rows that one caller asked for: `outputs` each [N, ...], in the program's order."""
 
-    outputs: tuple[NDArray[Any], ...]
+    outputs: Outputs
     timing: Timing
 
 
@@ -63,6 +57,7 @@ class Request:
         "batch_rows",
         "batches",
         "compute_seconds",
+        "count",
         "deadline",
         "future",
         "gone",
@@ -71,7 +66,6 @@ class Request:
         "rows",
         "started",
         "taken",
-        "timer",
     )
 
     def __init__(
@@ -82,54 +76,47 @@ class Request:
         now: float,
     ) -> None:
         self.rows = rows
+        self.count = len(rows)
         self.future = future
         self.loop = future.get_loop()
         self.arrived = now
         self.deadline = deadline
-        self.timer: asyncio.TimerHandle | None = None
         self.taken = 0
         self.gone = False
         self.started = 0.0
         self.compute_seconds = 0.0
         self.batch_rows = 0
         self.batches = 0
-        self.parts: dict[int, tuple[Tensor, ...]] = {}
+        self.parts: dict[int, Outputs] = {}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.count
 
     @property
     def waiting(self) -> int:
         """Rows that no batch has taken yet."""
-        return len(self) - self.taken
+        return self.count - self.taken
 
-    def add(
-        self, start: int, outputs: tuple[Tensor, ...], seconds: float, batch_rows: int
-    ) -> Result | None:
+    def add(self, start: int, outputs: Outputs, seconds: float, batch_rows: int) -> Result | None:
         """Record the outputs of the rows from `start`; the whole result once all rows have some."""
-        self.parts[start] = outputs
         self.compute_seconds += seconds
         self.batch_rows = max(self.batch_rows, batch_rows)
         self.batches += 1
-        if sum(part[0].shape[0] for part in self.parts.values()) < len(self):
-            return None
-        timing = Timing(
-            queue_seconds=self.started - self.arrived,
-            compute_seconds=self.compute_seconds,
-            batch_rows=self.batch_rows,
-            batches=self.batches,
-        )
-        # Batches that run at once may end in any order.
-        parts = [self.parts[start] for start in sorted(self.parts)]
-        return Result(tuple(map(_joined, zip(*parts, strict=True))), timing)
+        if len(outputs[0]) < self.count:
+            self.parts[start] = outputs
+            if sum(len(part[0]) for part in self.parts.values()) < self.count:
+                return None
+            # Batches that run at once may end in any order.
+            parts = [self.parts[start] for start in sorted(self.parts)]
+            outputs = tuple(np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+        waited = self.started - self.arrived
+        return Result(outputs, Timing(waited, self.compute_seconds, self.batch_rows, self.batches))
 
 
-def _joined(parts: tuple[Tensor, ...]) -> NDArray[Any]:
-    arrays = [np.asarray(part) for part in parts]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+Answer: TypeAlias = "tuple[Request, Result | Exception]"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Slice:
     """Rows `start:stop` of a request, as taken into one batch."""
 
@@ -141,7 +128,7 @@ class Slice:
     def rows(self) -> BatchPart:
         """Its part of each input, [stop - start, ...], as views of the request's rows."""
         whole = self.request.rows
-        if self.stop - self.start == len(self.request):
+        if self.stop - self.start == self.request.count:
             return whole
         cut = tuple(column[self.start : self.stop] for column in whole.columns)
         return BatchPart(cut, whole.levels)

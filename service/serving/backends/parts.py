@@ -35,7 +35,7 @@ class BatchPart:
     levels: Levels | None = None
 
     def __len__(self) -> int:
-        return len(self.columns[0])
+        return self.columns[0].size(0)  # torch answers `len` in Python, and every step asks it
 
 
 def joined(parts: Sequence[BatchPart]) -> tuple[Tensor, ...]:
