@@ -59,8 +59,8 @@ def of_models(loaded: Sequence[LoadedModel]) -> Iterator[Metric]:
         weights.add_metric(key, each.description.weight_bytes)
         for outcome in OUTCOMES:
             outcomes.add_metric([*key, outcome], getattr(stats, outcome))
-        _add(waits, key, stats.queue_seconds)
-        _add(sizes, key, _sizes(stats))
+        add_tallied(waits, key, stats.queue_seconds)
+        add_tallied(sizes, key, _sizes(stats))
         for counter, (_, _, read) in zip(counters, _COUNTERS, strict=True):
             counter.add_metric(key, read(stats))
     yield from (waiting, running, weights, outcomes, waits, sizes, *counters)
@@ -73,7 +73,7 @@ def of_conversions(seconds: dict[str, Tallied]) -> Iterator[Metric]:
         "foldserve_conversion_seconds", "Duration of conversions by result.", labels=["result"]
     )
     for result in RESULTS:
-        _add(family, [result], seconds[result])
+        add_tallied(family, [result], seconds[result])
     yield family
 
 
@@ -135,6 +135,7 @@ def _sizes(stats: BatcherStats) -> Tallied:
     return Tallied(_BATCH_ROWS, cumulative, sum(count for _, count in sizes), total)
 
 
-def _add(family: HistogramMetricFamily, labels: list[str], tallied: Tallied) -> None:
+def add_tallied(family: HistogramMetricFamily, labels: list[str], tallied: Tallied) -> None:
+    """Add a histogram that was counted elsewhere."""
     pairs = [(f"{b:g}", c) for b, c in zip(tallied.bounds, tallied.cumulative, strict=True)]
     family.add_metric(labels, [*pairs, ("+Inf", tallied.count)], sum_value=tallied.total)

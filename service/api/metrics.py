@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from service import __version__
+from service.api.families import add_tallied
+from service.serving import Tally
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-
-_COUNTED_TOGETHER = 16
 
 
 class Metrics:
@@ -29,27 +27,14 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         build = Gauge("foldserve_build_info", "Version.", ["version"], registry=self.registry)
         build.labels(version=__version__).set(1)
-        self._requests = Counter(
-            "foldserve_http_requests",
-            "HTTP requests by route template, method and status.",
-            ["route", "method", "status"],
-            registry=self.registry,
-        )
-        self._seconds = Histogram(
-            "foldserve_http_request_seconds",
-            "Time from the request's head to the end of its response, in seconds.",
-            ["route"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
         running = Gauge(
             "foldserve_http_requests_running", "Requests under way.", registry=self.registry
         )
         running.set_function(lambda: self._running)
         self._running = 0
-        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self._uncounted: deque[tuple[str, str, int, float]] = deque()
-        self._counting = threading.Lock()
+        self._requests: dict[tuple[str, str, int], int] = {}
+        self._seconds: dict[str, Tally] = {}
+        self.watch(self._counted)
         self.uploaded_bytes = Counter(
             "foldserve_uploaded_bytes", "Bytes of accepted checkpoints.", registry=self.registry
         )
@@ -59,27 +44,31 @@ class Metrics:
         self._running += 1
 
     def ended(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request out; `status` 499 means that the client left first.
-
-        The series hear of it together with others: one alone costs ten times as much as remembering
-        it, for by the next request nothing of that code is left in a cache.
-        """
+        """Count a request out; `status` 499 means that the client left first."""
         self._running -= 1
-        self._uncounted.append((route, method, status, seconds))
-        if len(self._uncounted) >= _COUNTED_TOGETHER:
-            self._count()
+        key = route, method, status
+        self._requests[key] = self._requests.get(key, 0) + 1
+        tally = self._seconds.get(route)
+        if tally is None:
+            tally = self._seconds[route] = Tally(_SECONDS)
+        tally.add(seconds)
 
-    def _count(self) -> None:
-        with self._counting:  # a scrape counts too, in a thread of its own
-            while self._uncounted:
-                route, method, status, seconds = self._uncounted.popleft()
-                key = route, method, status
-                series = self._series.get(key)
-                if series is None:  # looking a series up by its labels costs more than counting
-                    requests = self._requests.labels(route, method, str(status))
-                    series = self._series[key] = requests, self._seconds.labels(route)
-                series[0].inc()
-                series[1].observe(seconds)
+    def _counted(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "foldserve_http_requests",
+            "HTTP requests by route template, method and status.",
+            labels=["route", "method", "status"],
+        )
+        for (route, method, status), count in list(self._requests.items()):
+            requests.add_metric([route, method, str(status)], count)
+        seconds = HistogramMetricFamily(
+            "foldserve_http_request_seconds",
+            "Time from the request's head to the end of its response, in seconds.",
+            labels=["route"],
+        )
+        for route, tally in list(self._seconds.items()):
+            add_tallied(seconds, [route], tally.read())
+        return requests, seconds
 
     def watch(self, read: Callable[[], Iterable[Metric]]) -> None:
         """Add families that are read from their source at every scrape."""
@@ -87,7 +76,6 @@ class Metrics:
 
     def render(self) -> bytes:
         """The exposition text."""
-        self._count()
         return generate_latest(self.registry)
 
 
