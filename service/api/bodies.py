@@ -12,6 +12,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from service.api.complete import Complete
 from service.api.state import of
 from service.errors import BadInput, RequestStalled, UploadTooLarge
 from service.relay.back import BODY_VIEWS
@@ -44,6 +45,9 @@ async def chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
     `min_bytes_per_second` on the whole, and starlette's ClientDisconnect. Only the time spent
     waiting counts: a disk that is slow to take the bytes is not the client's fault.
     """
+    if isinstance(request, Complete):
+        yield bytes(request.content)
+        return
     body = _Body(request, idle_seconds)
     more = True
     while more:
@@ -115,6 +119,10 @@ async def whole_or_view(
 async def _whole(
     request: Request, limit: int, idle_seconds: float, setting: str
 ) -> bytearray | bytes | memoryview:
+    if isinstance(request, Complete):
+        if len(request.content) > limit:
+            raise too_large(limit, setting)
+        return request.content
     length = declared_length(request)
     if length is not None and length > limit:
         raise too_large(limit, setting)

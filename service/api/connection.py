@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-
 from service.api import problems
+from service.api.exchange import Exchange
 from service.api.middleware import security_headers
-from service.api.whole import answering_whole
 from service.errors import FoldserveError, HeadTooLarge, RequestStalled
 from service.settings import Settings
 
@@ -64,8 +62,8 @@ def limited(limits: ConnectionLimits, count: Callable[[int], int] = int) -> type
     return type("Connection", (Connection,), {"limits": limits, "count": staticmethod(count)})
 
 
-class Connection(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol; see the module."""
+class Connection(Exchange):
+    """HTTP/1.1 with limits; see the module."""
 
     limits: ClassVar[ConnectionLimits]
 
@@ -120,11 +118,8 @@ class Connection(HttpToolsProtocol):
                 self._refuse(self._too_large())
             elif self._head_timer is None:
                 self._head_timer = self.loop.call_later(self.limits.head_seconds, self._no_head)
-        elif self._idle and self.timeout_keep_alive_task is None:
-            # The rest of a body after its answer, or empty lines: uvicorn's own clock has stopped.
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+        elif self._idle and self._resting_since is None:
+            self._rest()  # the rest of a body after its answer, or empty lines
 
     def on_message_begin(self) -> None:
         """A head begins: its bytes and fields are counted from zero."""
@@ -178,14 +173,6 @@ class Connection(HttpToolsProtocol):
         self._refuse(RequestStalled(f"The request's head did not end within {seconds:g} s."))
 
     # ---- answers ------------------------------------------------------------------------
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        once: Any = answering_whole(app, cycle)
-        super()._start_asgi_task(cycle, once)
-
-    @property
-    def _idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
         """Watch that the answer is read, or limit how long the rest of the body may come."""

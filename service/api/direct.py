@@ -81,24 +81,32 @@ class DirectDispatch:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a POST to a direct route, own errors as problems; pass anything else on."""
-        found = None
         if (
             scope["type"] == "http"
             and scope["method"] == "POST"
-            and len(scope["path"]) <= _LONGEST_PATH
             and not scope.get("root_path")  # FastAPI's router has to take that off first
+            and self.takes(scope["path"])
         ):
-            found = self._find(scope["path"])
-        if found is None:
+            response = await self.answer(Request(scope, receive))
+            await response(scope, receive, send)
+        else:
             await self._app(scope, receive, send)
-            return
+
+    def takes(self, path: str) -> bool:
+        """Whether a POST to that path is for a direct route."""
+        return len(path) <= _LONGEST_PATH and self._find(path) is not None
+
+    async def answer(self, request: Request) -> Response:
+        """What the route of a request that `takes` allows answers, its errors as problems."""
+        scope = request.scope
+        found = self._find(scope["path"])
+        assert found is not None
         scope["route"], serve, parameters = found
         scope["path_params"] = dict(parameters)
         try:
-            response = await serve(Request(scope, receive))
+            return await serve(request)
         except FoldserveError as error:
-            response = problems.error_response(error, scope["path"])
-        await response(scope, receive, send)
+            return problems.error_response(error, scope["path"])
 
 
 def direct(serve: Endpoint) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -21,6 +21,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import access, problems
+from service.api.complete import Complete
 from service.api.keyring import Keyring
 from service.api.ratelimit import RateLimit
 from service.errors import (
@@ -93,6 +94,7 @@ class Guard:
         self, app: ASGIApp, settings: Settings, keyring: Keyring, rate: RateLimit | None = None
     ) -> None:
         self._app = app
+        self._next: Any = app
         self._keyring = keyring if settings.keys_required else None
         self._names = settings.allowed_hosts
         self._check_host = bool(self._names) or not settings.keys_required
@@ -105,13 +107,30 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        refusal = self._refuse(scope)
+        await (self._app if refusal is None else refusal)(scope, receive, send)
+
+    def takes(self, path: str) -> bool:
+        """See `complete.Layer`."""
+        taken: bool = self._next.takes(path)
+        return taken
+
+    async def answer(self, request: Complete) -> Response:
+        """See `complete.Layer`."""
+        refusal = self._refuse(request.scope)
+        if refusal is not None:
+            return refusal
+        answer: Response = await self._next.answer(request)
+        return answer
+
+    def _refuse(self, scope: Scope) -> Response | None:
+        """Note who asks in the request's state; the refusal of who may not."""
         head = {name: value for name, value in scope["headers"] if name in _WANTED}
         try:
             scope.setdefault("state", {})["caller"] = self._admit(scope, head)
         except FoldserveError as error:
-            await _refusal(error, scope, head)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+            return _refusal(error, scope, head)
+        return None
 
     def _admit(self, scope: Scope, head: dict[bytes, bytes]) -> Caller:
         """The caller. Raises what the request is refused with."""

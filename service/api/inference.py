@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from service.api import tracing
+from service.api.complete import Complete
 from service.api.state import Service
 from service.errors import NotLoaded
 from service.hosting import Hosted
@@ -57,6 +58,9 @@ async def unless_departed(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     Watching for that costs a task, so it begins only when the answer is slow to come.
     """
+    if isinstance(request, Complete):
+        with request:
+            return await work
     watch = _DepartureWatch(request)
     timer = asyncio.get_running_loop().call_later(_PATIENCE_SECONDS, watch.begin)
     try:

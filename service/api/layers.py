@@ -8,6 +8,8 @@ from fastapi import FastAPI
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
+from service.api.complete import Layer
+
 
 class Application(FastAPI):
     """FastAPI without its outermost layers, whose work is done by the middleware here.
@@ -18,6 +20,9 @@ class Application(FastAPI):
     them for nothing, and the first would answer in a form of its own before ours sees the error.
     """
 
+    complete: Layer | None = None
+    """The layers, for requests that are here in one piece; None if one of them wants messages."""
+
     def build_middleware_stack(self) -> ASGIApp:
         """What was added, the last one outermost, around FastAPI from its known errors inwards."""
         added, self.user_middleware = self.user_middleware, []
@@ -25,7 +30,9 @@ class Application(FastAPI):
         self.user_middleware = added
         while not isinstance(layers, ExceptionMiddleware):
             layers = layers.app
-        stack: ASGIApp = layers
         for layer, arguments, options in reversed(added):
-            stack = layer(stack, *arguments, **options)
+            layers = layer(layers, *arguments, **options)
+        if added and all(hasattr(layer, "answer") for layer, _, _ in added):
+            self.complete = layers
+        stack: ASGIApp = layers
         return stack

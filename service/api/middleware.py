@@ -9,14 +9,18 @@ import random
 import re
 import time
 from collections.abc import Iterable
+from contextvars import Token
+from typing import Any
 
 import structlog
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import problems
+from service.api.complete import Complete
 from service.api.metrics import Metrics
-from service.api.request_id import CURRENT
+from service.api.request_id import CURRENT, HEADER
 
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -55,6 +59,7 @@ class AroundEveryRequest:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
         self._app = app
+        self._next: Any = app
         self._metrics = metrics
         self._access_log = access_log
 
@@ -67,45 +72,103 @@ class AroundEveryRequest:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = time.perf_counter()
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
-        identity = (b"x-request-id", request_id.encode())
-        status = CLIENT_LEFT
+        visit = self._begin(scope)
 
         async def decorated(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = _completed(message["headers"], identity)
-                if _draining(scope):
-                    message["headers"].append((b"connection", b"close"))
+                visit.status = message["status"]
+                message["headers"] = visit.completed(message["headers"])
             await send(message)
 
-        self._metrics.began()
-        token = CURRENT.set(request_id)
         try:
             await self._app(scope, receive, decorated)
         except ClientDisconnect:
             pass  # nobody is left to answer
         except Exception:
-            log.exception("unexpected error", method=scope["method"], path=scope["path"])
-            if status != CLIENT_LEFT:  # the response has begun: only cutting it off is honest
+            _log_unexpected(scope)
+            if visit.status != CLIENT_LEFT:  # the response has begun: only to cut it off is honest
                 raise
             await problems.internal_error(scope["path"])(scope, receive, decorated)
         finally:
-            seconds = time.perf_counter() - start
-            route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.ended(route, _method(scope["method"]), status, seconds)
-            if self._access_log:
-                log.info(
-                    "request",
-                    method=scope["method"],
-                    path=scope["path"],
-                    status=status,
-                    milliseconds=round(seconds * 1e3, 2),
-                )
-            CURRENT.reset(token)
+            self._end(visit)
+
+    def takes(self, path: str) -> bool:
+        """See `complete.Layer`."""
+        taken: bool = self._next.takes(path)
+        return taken
+
+    async def answer(self, request: Complete) -> Response:
+        """See `complete.Layer`."""
+        visit = self._begin(request.scope)
+        try:
+            response = await self._answer(request)
+            visit.status = response.status_code
+        finally:
+            self._end(visit)
+        response.raw_headers = visit.completed(response.raw_headers)
+        return response
+
+    async def _answer(self, request: Complete) -> Response:
+        try:
+            response: Response = await self._next.answer(request)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            _log_unexpected(request.scope)
+            response = problems.internal_error(request.scope["path"])
+        return response
+
+    def _begin(self, scope: Scope) -> _Visit:
+        visit = _Visit(scope)
+        scope.setdefault("state", {})["request_id"] = visit.id
+        self._metrics.began()
+        visit.token = CURRENT.set(visit.id)
+        return visit
+
+    def _end(self, visit: _Visit) -> None:
+        seconds = time.perf_counter() - visit.start
+        scope = visit.scope
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self._metrics.ended(route, _method(scope["method"]), visit.status, seconds)
+        if self._access_log:
+            log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=visit.status,
+                milliseconds=round(seconds * 1e3, 2),
+            )
+        CURRENT.reset(visit.token)
+
+
+class _Visit:
+    """One request; until it has an answer its status is that of a client who left."""
+
+    __slots__ = ("id", "scope", "start", "status", "token")
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.start = time.perf_counter()
+        self.id = _request_id(scope)
+        self.status = CLIENT_LEFT
+        self.token: Token[str | None]
+
+    def completed(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """The response's headers with the request's id and the security headers that it lacks."""
+        given = list(headers)
+        names = {name for name, _ in given}
+        given.append((HEADER, self.id.encode()))
+        if _SECURITY_NAMES.isdisjoint(names):
+            given += _SECURITY_PAIRS
+        else:
+            given += [pair for pair in _SECURITY_PAIRS if pair[0] not in names]
+        if _draining(self.scope):
+            given.append((b"connection", b"close"))
+        return given
+
+
+def _log_unexpected(scope: Scope) -> None:
+    log.exception("unexpected error", method=scope["method"], path=scope["path"])
 
 
 def _draining(scope: Scope) -> bool:
@@ -114,21 +177,10 @@ def _draining(scope: Scope) -> bool:
     return service is not None and service.draining
 
 
-def _completed(
-    headers: Iterable[tuple[bytes, bytes]], identity: tuple[bytes, bytes]
-) -> list[tuple[bytes, bytes]]:
-    """The response's headers with the request's id and the security headers that it lacks."""
-    given = list(headers)
-    names = {name for name, _ in given}
-    if _SECURITY_NAMES.isdisjoint(names):
-        return [*given, identity, *_SECURITY_PAIRS]
-    return [*given, identity, *(pair for pair in _SECURITY_PAIRS if pair[0] not in names)]
-
-
 def _request_id(scope: Scope) -> str:
     """The client's id when it is harmless in a log and a header, else a new one."""
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and _ACCEPTED_ID.fullmatch(value):
+        if name == HEADER and _ACCEPTED_ID.fullmatch(value):
             given: str = value.decode("ascii")
             return given
     return f"{_RANDOM.getrandbits(128):032x}"

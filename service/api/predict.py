@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from service import errors
 from service.api import images, problems, tensors
+from service.api.answer import Answer
 from service.api.bodies import MultipartReader, Part, media_type, too_large, whole, whole_or_view
 from service.api.direct import DirectRoute, direct
 from service.api.documented import inlined, refusals
@@ -230,17 +231,22 @@ async def _rows(request: Request, service: Service, hosted: Hosted, form: Form) 
         with hosted.expecting(form, 1):
             return await _on_thread(service, tensors.named_from_json, body, hosted.inputs)
     _check_plain(hosted)
-    if kind == tensors.NPY and tensors.holds_levels(body) and _how(hosted) is not None:
-        count = tensors.images_in(body, hosted.item_shape)
+    if kind == _JSON:
+        if len(body) <= _QUICK_JSON_BYTES:
+            return tensors.from_json(body, hosted.item_shape)
+        with hosted.expecting(form, 1):
+            return await _on_thread(service, tensors.from_json, body, hosted.item_shape)
+    head = tensors.read_head(body)
+    if head.promises_levels and _how(hosted) is not None:
+        count = head.images(hosted.item_shape)
         if count > settings.queue_rows:  # before they take four times the memory
             raise too_many(count, settings.queue_rows)
         with hosted.expecting(form, count):
             return await _on_thread(service, _levels, body, hosted, form)
-    read = tensors.from_json if kind == _JSON else tensors.from_npy
-    if len(body) <= (_QUICK_JSON_BYTES if kind == _JSON else _QUICK_NPY_BYTES):
-        return read(body, hosted.item_shape)
+    if len(body) <= _QUICK_NPY_BYTES:
+        return tensors.from_npy(body, hosted.item_shape, head)
     with hosted.expecting(form, 1):
-        return await _on_thread(service, read, body, hosted.item_shape)
+        return await _on_thread(service, tensors.from_npy, body, hosted.item_shape, head)
 
 
 async def _image_parts(request: Request, service: Service) -> list[bytearray]:
@@ -318,23 +324,20 @@ async def _on_thread(service: Service, function: Callable[..., T], *args: Any) -
 
 def _answer(request: Request, hosted: Hosted, asked: _Asked, result: Result) -> Response:
     accept = request.headers.get("accept", "")
-    headers = {"Foldserve-Version": str(hosted.version)}
+    headers: tuple[tuple[str, str], ...] = (("Foldserve-Version", str(hosted.version)),)
     if asked.timing:
-        headers["Server-Timing"] = server_timing(result.timing)
+        headers += (("Server-Timing", server_timing(result.timing)),)
     if tensors.NPY in accept:
         body = tensors.to_npy(tensors.joined(result.outputs))
-        return Response(body, headers=headers, media_type=tensors.NPY)
+        return Answer(body, tensors.NPY, headers)
     head = {"model": hosted.model, "version": hosted.version, "form": asked.form}
     outputs = result.outputs
     if ARRAYS in accept or len(outputs) != 1 or outputs[0].ndim != 2:
         arrays = [{"shape": output.shape, "data": _plain(output)} for output in outputs]
-        return Response(
-            json_bytes(head | {"outputs": arrays}),
-            headers=headers,
-            media_type=ARRAYS if ARRAYS in accept else _JSON,
-        )
+        body = json_bytes(head | {"outputs": arrays})
+        return Answer(body, ARRAYS if ARRAYS in accept else _JSON, headers)
     top = _top(outputs[0], asked.top_k, hosted.labels)
-    return Response(json_bytes(head | {"predictions": top}), headers=headers, media_type=_JSON)
+    return Answer(json_bytes(head | {"predictions": top}), _JSON, headers)
 
 
 def _plain(output: NDArray[Any]) -> NDArray[Any]:

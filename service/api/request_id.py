@@ -6,6 +6,7 @@ from collections.abc import MutableMapping
 from contextvars import ContextVar
 from typing import Any, Final
 
+HEADER: Final = b"x-request-id"
 CURRENT: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
 
 

@@ -39,20 +39,27 @@ _NAMED_REMEDY = 'Send {"inputs": {name: [...]}} with every input of the model.'
 _REMEDY = "Send what numpy.save writes for one float32 array."
 
 
-def holds_levels(body: Bytes) -> bool:
-    """Whether the elements of an npy body are grey levels. Raises BadInput."""
-    return _head(body).dtype == np.uint8
+class Head(NamedTuple):
+    """What stands before the elements of an npy body; `size` in bytes, so they begin there."""
 
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    size: int
 
-def images_in(body: Bytes, item_shape: Sequence[int]) -> int:
-    """How many images an npy body says it holds, as `levels_from_npy` reads them.
+    @property
+    def promises_levels(self) -> bool:
+        """Whether the elements are grey levels."""
+        return self.dtype.char == "B"
 
-    Raises BadInput for another shape.
-    """
-    channels, height, width = item_shape
-    shape = _head(body).shape
-    _check_shape(shape, (height, width, channels))
-    return shape[0] if len(shape) == 4 else 1
+    def images(self, item_shape: Sequence[int]) -> int:
+        """How many images it says there are, as `levels_from_npy` reads them.
+
+        Raises BadInput for another shape.
+        """
+        channels, height, width = item_shape
+        _check_shape(self.shape, (height, width, channels))
+        return self.shape[0] if len(self.shape) == 4 else 1
 
 
 def levels_from_npy(body: Bytes, item_shape: Sequence[int]) -> NDArray[np.uint8]:
@@ -62,23 +69,23 @@ def levels_from_npy(body: Bytes, item_shape: Sequence[int]) -> NDArray[np.uint8]
     BadInput.
     """
     channels, height, width = item_shape
-    array = _elements(body, _head(body), (height, width, channels))
+    array = _elements(body, read_head(body), (height, width, channels))
     return np.ascontiguousarray(array).reshape(-1, height, width, channels)
 
 
-def from_npy(body: Bytes, item_shape: Sequence[int]) -> Floats:
+def from_npy(body: Bytes, item_shape: Sequence[int], head: Head | None = None) -> Floats:
     """The array [N, *item_shape] of an npy body; one item alone, without N, is taken as N = 1.
 
-    float16 and float64 are converted to float32; a float32 array stays a view of `body`.
-    Raises BadInput.
+    float16 and float64 are converted to float32; a float32 array stays a view of `body`. `head` is
+    the body's, if it was read before. Raises BadInput.
     """
-    head = _head(body)
+    head = head or read_head(body)
     if head.dtype.kind != "f" or head.dtype.itemsize not in (2, 4, 8):
         raise BadInput(f"The array has the type {head.dtype}; float32 is wanted.", remedy=_REMEDY)
     return _batch(_elements(body, head, item_shape), item_shape)
 
 
-def _elements(body: Bytes, head: _Head, item_shape: Sequence[int]) -> NDArray[Any]:
+def _elements(body: Bytes, head: Head, item_shape: Sequence[int]) -> NDArray[Any]:
     _check_shape(head.shape, item_shape)
     claimed, present = math.prod(head.shape) * head.dtype.itemsize, len(body) - head.size
     if claimed != present:
@@ -177,16 +184,7 @@ def joined(outputs: Sequence[NDArray[Any]]) -> Floats:
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 
-class _Head(NamedTuple):
-    """What stands before the elements of an npy body; `size` in bytes, so they begin there."""
-
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype[Any]
-    size: int
-
-
-def _head(body: Bytes) -> _Head:
+def read_head(body: Bytes) -> Head:
     """The head of an npy body. Raises BadInput."""
     width = _WIDTHS.get(bytes(body[:8]), 0)
     length = int.from_bytes(body[8 : 8 + width], "little")
@@ -194,7 +192,7 @@ def _head(body: Bytes) -> _Head:
     try:
         if not width or length > _HEADER_BYTES or len(body) < end:
             raise ValueError
-        return _Head(*_read_head(bytes(body[8 + width : end])), end)
+        return Head(*_read_head(bytes(body[8 + width : end])), end)
     except (ValueError, TypeError, AttributeError):
         raise BadInput("The body is not an npy file of one array.", remedy=_REMEDY) from None
 

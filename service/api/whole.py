@@ -8,6 +8,7 @@ piece of the body; here that is done where a length was declared, so that stream
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,14 +19,11 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from service.api.middleware import security_headers
+from service.api.request_id import HEADER as REQUEST_ID
 
 _MOST_COPIED_BYTES = 1 << 16
 _UNUSUAL = frozenset({b"connection", b"transfer-encoding"})
-_KNOWN_LINES = {
-    (name.encode(), value.encode()): f"{name}: {value}\r\n".encode()
-    for name, value in security_headers().items()
-}
+_KNOWN_LINES = 1024  # headers that are remembered in the form in which they are sent
 
 
 def answering_whole(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
@@ -57,11 +55,9 @@ class _Answer:
             if any(name == b"content-length" for name, _ in message["headers"]):
                 self._start = message
                 return
-        elif start is not None and self._is_whole(message):
+        elif start is not None and _is_all(message):
             body = message.get("body", b"")
-            head = _head(start["status"], self._cycle.default_headers, start["headers"], len(body))
-            if head is not None:
-                self._finish(b"".join((*head, body)))
+            if write(self._cycle, start["status"], start["headers"], body):
                 return
         if start is not None:
             await self._pass_on(start)
@@ -77,46 +73,54 @@ class _Answer:
         send: Any = self._cycle.send
         await send(message)
 
-    def _is_whole(self, message: Message) -> bool:
-        """Whether the message is all of a body and can be written now."""
-        cycle = self._cycle
-        return (
-            message["type"] == "http.response.body"
-            and not message.get("more_body", False)
-            and len(message.get("body", b"")) <= _MOST_COPIED_BYTES
-            and not (cycle.response_started or cycle.disconnected or cycle.flow.write_paused)
-            and cycle.keep_alive
-            and cycle.scope["method"] != "HEAD"
-        )
 
-    def _finish(self, answer: bytes) -> None:
-        """What uvicorn does at the end of an answer after which the connection stays open."""
-        cycle = self._cycle
-        cycle.response_started = cycle.response_complete = True
-        cycle.waiting_for_100_continue = False
-        cycle.transport.write(answer)
-        cycle.message_event.set()
-        cycle.on_response()
+def _is_all(message: Message) -> bool:
+    """Whether the message is all of a body."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
-def _head(
+def write(
+    cycle: RequestResponseCycle,
     status: int,
-    defaults: Iterable[tuple[bytes, bytes]],
     headers: Iterable[tuple[bytes, bytes]],
-    length: int,
-) -> list[bytes] | None:
-    """The lines of a head for a body of that length; None for what uvicorn has to judge."""
+    body: bytes | memoryview,
+) -> bool:
+    """Send a whole answer in one piece, if it can be sent now and needs no judgement of uvicorn's.
+
+    False where it was left alone. Afterwards the connection is as uvicorn leaves it at the end of
+    an answer after which it stays open.
+    """
+    if (
+        not cycle.keep_alive
+        or cycle.response_started
+        or cycle.disconnected
+        or cycle.flow.write_paused
+        or len(body) > _MOST_COPIED_BYTES
+        or cycle.scope["method"] == "HEAD"
+    ):
+        return False
     lines = [STATUS_LINE[status]]
-    lines += [b"%b: %b\r\n" % pair for pair in defaults]
-    for pair in headers:
-        line = _KNOWN_LINES.get(pair)
-        if line is None:
-            name, value = pair
-            if name in _UNUSUAL or HEADER_RE.search(name) or HEADER_VALUE_RE.search(value):
-                return None
-            if name == b"content-length" and value != b"%d" % length:
-                return None
-            line = b"%b: %b\r\n" % pair
+    for header in (*cycle.default_headers, *headers):
+        line = _made(header) if header[0] == REQUEST_ID else _line(header)
+        if line is None or (header[0] == b"content-length" and header[1] != b"%d" % len(body)):
+            return False
         lines.append(line)
     lines.append(b"\r\n")
-    return lines
+    cycle.response_started = cycle.response_complete = True
+    cycle.waiting_for_100_continue = False
+    cycle.transport.write(b"".join((*lines, body)))
+    cycle.message_event.set()
+    cycle.on_response()
+    return True
+
+
+def _made(header: tuple[bytes, bytes]) -> bytes | None:
+    """A header as it is sent; None for one that uvicorn has to judge."""
+    name, value = header
+    if name in _UNUSUAL or HEADER_RE.search(name) or HEADER_VALUE_RE.search(value):
+        return None
+    return b"%b: %b\r\n" % header
+
+
+_line = lru_cache(_KNOWN_LINES)(_made)
+"""`_made`, remembered; ids would drive out what is worth it."""

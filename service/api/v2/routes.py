@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from service import errors
 from service.api import bodies, compression, problems
+from service.api.answer import Answer
 from service.api.direct import DirectRoute, direct
 from service.api.documented import Responses
 from service.api.encoding import json_bytes
@@ -198,16 +199,16 @@ async def serve(request: Request) -> Response:
         asked = rest.parse(body, head)
     answer = await unless_departed(request, infer(service, on, version, asked))
     pieces, json_length = rest.encode(answer)
-    headers = {}
+    headers: tuple[tuple[str, str], ...] = ()
     if json_length is not None:
-        headers[rest.HEADER_LENGTH] = str(json_length)
+        headers += ((rest.HEADER_LENGTH, str(json_length)),)
     content = b"".join(pieces) if len(pieces) > 1 else bytes(pieces[0])
     coding = compression.accepted_coding(request.headers.get("accept-encoding"))
     if coding is not None:
-        headers["Content-Encoding"] = coding
+        headers += (("Content-Encoding", coding),)
         content = await _on_thread(service, compression.compress, pieces, coding)
     kind = _JSON if json_length is None else _BINARY
-    return Response(content, headers=headers, media_type=kind)
+    return Answer(content, kind, headers)
 
 
 @hot.post(

@@ -1,0 +1,341 @@
+"""Requests that come in one piece are answered as if they had come in several, only sooner.
+
+A real listener with the service's own connections, layers and limits; the routes tell how their
+request came. Everything else of an answer must be the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import APIRouter
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from uvicorn.server import ServerState
+
+from service.api.bodies import chunks, whole
+from service.api.complete import Complete
+from service.api.direct import DirectDispatch, DirectRoute, direct
+from service.api.front_process import uvicorn_config
+from service.api.guard import Guard
+from service.api.inference import unless_departed
+from service.api.keyring import Keyring
+from service.api.layers import Application
+from service.api.metrics import Metrics
+from service.api.middleware import AroundEveryRequest
+from service.errors import BadInput
+from service.settings import Settings
+
+LIMIT = 50_000
+SECONDS = 10
+router = APIRouter(route_class=DirectRoute)
+
+
+async def serve(request: Request) -> Response:
+    """What the test asks for by the name in its address."""
+    name = request.path_params["name"]
+    if name == "streamed":
+        body = b"".join([chunk async for chunk in chunks(request, SECONDS)])
+    else:
+        body = bytes(await whole(request, LIMIT, SECONDS, "LIMIT"))
+    if name == "bad":
+        raise BadInput("no")
+    if name == "broken":
+        raise RuntimeError("unexpected")
+    if name == "slow":
+        await unless_departed(request, request.app.state.slow())
+    if name == "long":
+        return Response(bytes(200_000))
+    told = {"complete": isinstance(request, Complete), "bytes": len(body), "sum": sum(body)}
+    return Response(json.dumps(told), media_type="application/json", headers={"Name": name})
+
+
+@router.post("/{name}")
+@direct(serve)
+async def documented(name: str) -> None:
+    """Nothing."""
+
+
+class Listener:
+    """An application behind real connections, and what it was asked."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.settings = Settings(data_dir=folder, **settings)
+        self.metrics = Metrics()
+        self.app = Application()
+        self.app.state.service = SimpleNamespace(settings=self.settings, draining=False)
+        self.app.add_middleware(DirectDispatch, routers=[("/v1", router)])
+        self.app.add_middleware(Guard, settings=self.settings, keyring=Keyring(1))
+        self.app.add_middleware(AroundEveryRequest, metrics=self.metrics, access_log=False)
+        self.port = 0
+
+    async def run(self, scenario: Callable[[Listener], Awaitable[None]]) -> None:
+        self.app.middleware_stack = self.app.build_middleware_stack()
+        config = uvicorn_config(self.app, self.settings)
+        config.load()
+        state = ServerState()
+        protocol: Any = config.http_protocol_class
+        listening = await asyncio.get_running_loop().create_server(
+            lambda: protocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+        )
+        async with listening:
+            self.port = listening.sockets[0].getsockname()[1]
+            await scenario(self)
+            for connection in list(state.connections):
+                connection.transport.close()
+
+    async def ask(
+        self, *pieces: bytes, answers: int = 1, pause: float = 0.05
+    ) -> list[tuple[int, dict[str, str], bytes]]:
+        """The answers to what is sent on one connection, piece by piece."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            for number, piece in enumerate(pieces):
+                if number:
+                    await asyncio.sleep(pause)
+                writer.write(piece)
+            return [await _answer(reader) for _ in range(answers)]
+        finally:
+            writer.close()
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
+    async with asyncio.timeout(SECONDS):
+        top = ["HTTP/1.1 100 Continue"]
+        while top[0].endswith("100 Continue"):
+            top = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        fields = dict(line.lower().split(": ", 1) for line in top[1:] if line)
+        body = await reader.readexactly(int(fields["content-length"]))
+    return int(top[0].split()[1]), fields, body
+
+
+def post(name: str, body: bytes = b"abc", extra: str = "", version: str = "1.1") -> bytes:
+    head = (
+        f"POST /v1/{name} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
+    )
+    return head.encode() + body
+
+
+def apart(request: bytes) -> tuple[bytes, bytes]:
+    """The request in two pieces, the second with its body or the last byte of it."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    return head + b"\r\n\r\n" + body[:-1], body[-1:]
+
+
+def run(folder: Path, scenario: Callable[[Listener], Awaitable[None]], **settings: Any) -> Listener:
+    listener = Listener(folder, **settings)
+    asyncio.run(listener.run(scenario))
+    return listener
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (post("plain"), 200),
+        (post("plain", bytes(range(256)) * 100), 200),
+        (post("streamed", b"x" * 1000), 200),
+        (post("long"), 200),
+        (post("bad"), 422),
+        (post("broken"), 500),
+        (post("plain", b"x" * (LIMIT + 1)), 413),
+        (post("plain", extra="Connection: close\r\n"), 200),
+        (post("plain", extra="Origin: https://elsewhere.example\r\n"), 403),
+        (post("plain", extra="X-Request-ID: given-1\r\n"), 200),
+        (post("plain").replace(b"Host: x", b"Host: elsewhere.example"), 421),
+        (post("plain").replace(b"/v1/plain", b"/v1/pl%61in"), 200),
+        (post("plain").replace(b"/v1/plain", b"/v1/plain?a=" + b"b" * 1500), 414),
+    ],
+)
+def test_both_ways_give_the_same_answer(tmp_path: Path, request_: bytes, status: int) -> None:
+    async def scenario(listener: Listener) -> None:
+        ((*at_once, first),) = await listener.ask(request_)
+        ((*later, second),) = await listener.ask(*apart(request_))
+        assert at_once[0] == later[0] == status
+        for fields in (at_once[1], later[1]):
+            assert fields.pop("x-request-id") == "given-1" or b"given-1" not in request_
+        if status == 200 and first[:1] == b"{":
+            came, waited = json.loads(first), json.loads(second)
+            assert came.pop("complete") is True
+            assert waited.pop("complete") is False
+            assert came == waited
+            at_once[1].pop("content-length"), later[1].pop("content-length")  # true and false
+        else:
+            assert first == second
+        assert at_once[1] == later[1]
+
+    listener = run(tmp_path, scenario, max_url_bytes=1500)
+    counted = listener.metrics.render().decode()
+    route = "unmatched" if status in (403, 414, 421) else "/v1/{name}"
+    line = f'foldserve_http_requests_total{{method="POST",route="{route}",status="{status}"}} 2.0'
+    assert line in counted.splitlines()
+    assert "foldserve_http_requests_running 0.0" in counted.splitlines()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["Expect: 100-continue\r\n", "X-Forwarded-For: 9.9.9.9\r\n", "x-forwarded-proto: https\r\n"],
+)
+def test_what_only_messages_can_serve_is_left_to_them(tmp_path: Path, extra: str) -> None:
+    async def scenario(listener: Listener) -> None:
+        ((status, _, body),) = await listener.ask(post("plain", extra=extra))
+        assert (status, json.loads(body)["complete"]) == (200, False)
+
+    run(tmp_path, scenario)
+
+
+def test_a_layer_that_wants_messages_gets_them(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        ((_, _, body),) = await listener.ask(post("plain"))
+        assert json.loads(body)["complete"] is False
+
+    listener = Listener(tmp_path)
+    listener.app.add_middleware(CORSMiddleware)
+    asyncio.run(listener.run(scenario))
+    assert listener.app.complete is None
+
+
+def test_a_body_in_chunks_may_be_complete_too(tmp_path: Path) -> None:
+    chunked = b"POST /v1/plain HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    async def scenario(listener: Listener) -> None:
+        ((_, _, body),) = await listener.ask(chunked + b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n")
+        assert json.loads(body) == {"complete": True, "bytes": 3, "sum": sum(b"abc")}
+        ((_, _, body),) = await listener.ask(chunked + b"2\r\nab\r\n", b"0\r\n\r\n")
+        assert json.loads(body) == {"complete": False, "bytes": 2, "sum": sum(b"ab")}
+
+    run(tmp_path, scenario)
+
+
+def test_a_small_body_may_come_right_behind_its_head(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        for size, complete in ((3, True), (40_000, True)):
+            request = post("plain", bytes(size))
+            ((_, _, body),) = await listener.ask(*apart(request), pause=0.002)
+            assert json.loads(body) == {"complete": complete, "bytes": size, "sum": 0}
+        big = post("streamed", bytes(70_000))  # nobody would read so much before it is asked for
+        ((_, _, body),) = await listener.ask(*apart(big), pause=0.002)
+        assert json.loads(body) == {"complete": False, "bytes": 70_000, "sum": 0}
+
+    run(tmp_path, scenario)
+
+
+def test_who_leaves_with_the_body_unsent_is_forgotten(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        for _ in range(3):
+            _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+            writer.write(apart(post("plain"))[0])
+            await asyncio.sleep(0.005)
+            writer.close()
+        await asyncio.sleep(0.1)
+
+    listener = run(tmp_path, scenario)
+    assert "foldserve_http_requests_running 0.0" in listener.metrics.render().decode().splitlines()
+
+
+def test_several_requests_in_one_piece_are_answered_in_their_order(tmp_path: Path) -> None:
+    requests = [post("plain", bytes([n]) * (n + 1)) for n in range(5)]
+
+    async def scenario(listener: Listener) -> None:
+        answers = await listener.ask(b"".join(requests), answers=5)
+        assert [json.loads(body)["bytes"] for _, _, body in answers] == [1, 2, 3, 4, 5]
+        cut = len(requests[0]) + len(requests[1]) - 1
+        answers = await listener.ask(b"".join(requests)[:cut], b"".join(requests)[cut:], answers=5)
+        assert [json.loads(body)["sum"] for _, _, body in answers] == [0, 2, 6, 12, 20]
+
+    run(tmp_path, scenario)
+
+
+def test_a_client_that_leaves_gives_up_its_place(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        began, ended = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> None:
+            began.set()
+            try:
+                await asyncio.sleep(SECONDS)
+            finally:
+                ended.set()
+
+        listener.app.state.slow = slow
+        for pieces in ([post("slow")], apart(post("slow"))):
+            began.clear(), ended.clear()
+            _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(0.05)
+            await asyncio.wait_for(began.wait(), SECONDS)
+            writer.close()
+            await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.sleep(0.05)
+
+    listener = run(tmp_path, scenario)
+    line = 'foldserve_http_requests_total{method="POST",route="/v1/{name}",status="499"} 2.0'
+    assert line in listener.metrics.render().decode().splitlines()
+
+
+def _complete() -> Complete:
+    async def receive() -> Any:
+        await asyncio.sleep(SECONDS)
+
+    return Complete({"type": "http", "headers": []}, receive, bytearray(b"x"))
+
+
+def test_a_departure_is_told_from_any_other_cancelling() -> None:
+    async def waiting(request: Complete) -> None:
+        with request:
+            await asyncio.sleep(SECONDS)
+
+    async def scenario() -> None:
+        left, stopped = _complete(), _complete()
+        left.task = asyncio.create_task(waiting(left))
+        stopped.task = asyncio.create_task(waiting(stopped))
+        await asyncio.sleep(0)
+        left.depart()
+        stopped.task.cancel()
+        with pytest.raises(ClientDisconnect):
+            await left.task
+        with pytest.raises(asyncio.CancelledError):
+            await stopped.task
+        with pytest.raises(ClientDisconnect):  # who has left already need not wait at all
+            await waiting(left)
+
+    asyncio.run(scenario())
+
+
+def test_a_departure_ends_nothing_but_the_waiting() -> None:
+    async def work(request: Complete) -> str:
+        with request:
+            await asyncio.sleep(0)
+        request.depart()
+        await asyncio.sleep(0)  # such as an upload that is being committed
+        return "done"
+
+    async def scenario() -> None:
+        request = _complete()
+        request.task = task = asyncio.create_task(work(request))  # type: ignore[assignment]
+        assert await task == "done"
+
+    asyncio.run(scenario())
+
+
+def test_a_connection_is_closed_once_its_last_pause_was_too_long(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        loop = asyncio.get_running_loop()
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        for pause in (0.0, 0.7, 0.7):  # longer than a second in all, and each shorter
+            await asyncio.sleep(pause)
+            writer.write(post("plain"))
+            assert (await _answer(reader))[0] == 200
+        rested = loop.time()
+        assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+        assert 0.9 < loop.time() - rested < 3
+        writer.close()
+
+    run(tmp_path, scenario, keep_alive_seconds=1)
