@@ -285,7 +285,7 @@ class Settings(BaseSettings):
         1024, "rows", "Rows that may wait for one model; more answers 429.", ge=1
     )
     inline_seconds: float = _setting(
-        0.001,
+        0.01,
         "s",
         "A batch known to compute faster than this on one CPU thread runs on the event loop when "
         "nothing else computes; waking another thread for it takes longer. 0 = never.",
