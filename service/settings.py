@@ -288,7 +288,8 @@ class Settings(BaseSettings):
         0.01,
         "s",
         "A batch known to compute faster than this on one CPU thread runs on the event loop when "
-        "nothing else computes; waking another thread for it takes longer. 0 = never.",
+        "nothing else computes: another thread would contend with the loop for the interpreter. "
+        "Everything else waits that long. 0 = never.",
         ge=0,
         le=0.05,
     )

@@ -146,3 +146,9 @@ def test_the_engine_loads_no_web_stack() -> None:
 
 def test_the_probe_sees_the_web_stack_where_it_is() -> None:
     assert "pydantic" in loaded_after("service.settings")
+
+
+def test_an_http_process_loads_neither_torch_nor_the_application() -> None:
+    loaded = loaded_after("service.api.front_process")
+    assert "uvicorn" in loaded
+    assert loaded.isdisjoint({"torch", "service.api.app", "service.serving"})

@@ -8,76 +8,49 @@ layers and routes serve as for any other request, and what they do stands in the
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from starlette.types import Receive, Scope, Send
 
-from service.api.whole import write
+from service.api.departure import Departure
+
+BEGAN: Final = "began"
+"""In a scope's state: the `time.perf_counter` at which its head came, if it was held since."""
 
 
 class Complete(Request):
     """A request with its whole body in `content`, a buffer that nobody else uses.
 
-    Its `receive` has nothing more to tell than that the client left; `waiting` is quicker.
+    The connection tells its `departure` when the client leaves.
     """
 
     def __init__(self, scope: Scope, receive: Receive, content: bytearray) -> None:
         super().__init__(scope, receive)
         self.content = content
-        self.departed = False
-        self.task: asyncio.Task[None] | None = None
-        self._may_cancel = False
+        self.departure = Departure()
 
-    def depart(self) -> None:
-        """The client left: whoever is `waiting` need not."""
-        self.departed = True
-        if self._may_cancel and self.task is not None:
-            self.task.cancel()
-
-    def __enter__(self) -> None:
-        """From now on a departure cancels the task that serves the request."""
-        if self.departed:
-            raise ClientDisconnect
-        self._may_cancel = True
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """No longer; where it has cancelled, ClientDisconnect is raised instead."""
-        self._may_cancel = False
-        if kind is asyncio.CancelledError and self.departed and self._uncancelled():
-            raise ClientDisconnect from None
-
-    def _uncancelled(self) -> bool:
-        """Take the departure's cancelling back; whether nobody else has cancelled too."""
-        return self.task is not None and self.task.uncancel() == 0
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The body as starlette gives it; `receive` would wait for it in vain."""
+        yield bytes(self.content)
+        yield b""
 
 
+@runtime_checkable
 class Layer(Protocol):
     """An ASGI application that can answer a complete request without messages too."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve any request."""
 
-    def takes(self, path: str) -> bool:
-        """Whether a POST to that path may be asked for by `answer`."""
-
     async def answer(self, request: Complete) -> Response:
-        """The response to a request that `takes` allows. Raises ClientDisconnect alone."""
+        """The whole response, no stream. Raises starlette's ClientDisconnect alone."""
 
 
-def answering(layers: Layer, request: Complete, cycle: RequestResponseCycle) -> ASGIApp:
-    """An ASGI application for the one request of `cycle`."""
+class Shortcut(NamedTuple):
+    """How an application answers complete requests: POSTs to the paths that `takes` allows."""
 
-    async def serve(scope: Scope, receive: Receive, _send: Send) -> None:
-        try:
-            response = await layers.answer(request)
-        except ClientDisconnect:
-            return
-        if not write(cycle, response.status_code, response.raw_headers, response.body):
-            send: Any = cycle.send
-            await response(scope, receive, send)
-
-    return serve
+    takes: Callable[[str], bool]
+    answer: Callable[[Complete], Awaitable[Response]]

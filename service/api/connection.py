@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from service.api import problems
 from service.api.exchange import Exchange
-from service.api.middleware import security_headers
+from service.api.security_headers import SECURITY_HEADERS
 from service.errors import FoldserveError, HeadTooLarge, RequestStalled
 from service.settings import Settings
 
@@ -118,8 +118,8 @@ class Connection(Exchange):
                 self._refuse(self._too_large())
             elif self._head_timer is None:
                 self._head_timer = self.loop.call_later(self.limits.head_seconds, self._no_head)
-        elif self._idle and self._resting_since is None:
-            self._rest()  # the rest of a body after its answer, or empty lines
+        elif self._idle and self._idle_since is None:
+            self._start_keep_alive()  # the rest of a body after its answer, or empty lines
 
     def on_message_begin(self) -> None:
         """A head begins: its bytes and fields are counted from zero."""
@@ -247,7 +247,9 @@ class Connection(Exchange):
         if not self._idle and self.cycle.response_started:
             self.transport.abort()  # in the middle of another answer
             return
-        answer = problems.response(body, {**security_headers(), **headers, "Connection": "close"})
+        answer = problems.response(
+            body, {**dict(SECURITY_HEADERS), **headers, "Connection": "close"}
+        )
         status = HTTPStatus(answer.status_code)
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
         fields = b"".join(b"%b: %b\r\n" % field for field in answer.raw_headers)

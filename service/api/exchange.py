@@ -1,27 +1,29 @@
 """Requests in and answers out on one connection, each in one piece where it can be.
 
 uvicorn tells the application of a request as soon as its head is here, and starts a timer whenever
-a connection rests. Most predictions bring their body along or right behind, and keep the connection
-busy: those are asked for their answer once they are whole (`complete`), and the time of rest is
-looked at now and then.
+a connection becomes idle. Most predictions bring their body along or right behind, and keep the
+connection busy: those are asked for their answer once they are whole (`complete`), and how long a
+connection has been idle is looked at now and then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn._types import HTTPScope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.api.complete import Complete, Layer, answering
-from service.api.whole import answering_whole
+from service.api.complete import BEGAN, Complete, Shortcut
+from service.api.whole import answering_whole, write
 
 _HOLD_SECONDS = 0.02
 """How long the application may be told later of a head whose small body is not here yet."""
 _FORWARDED = b"x-forwarded-"
-_CONTINUE = b"100-continue"
 
 
 class Exchange(HttpToolsProtocol):
@@ -29,12 +31,12 @@ class Exchange(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._layers: Layer | None = getattr(self.config.app, "complete", None)
-        self._reading = self._forwarded = False
-        self._held: tuple[RequestResponseCycle, Any] | None = None
+        self._shortcut: Shortcut | None = getattr(self.config.app, "complete", None)
+        self._reading = False
+        self._held: RequestResponseCycle | None = None
         self._hold_timer: asyncio.TimerHandle | None = None
-        self._complete: Complete | None = None
-        self._resting_since: float | None = None
+        self._under_way: tuple[Complete, RequestResponseCycle] | None = None
+        self._idle_since: float | None = None
 
     # ---- in -----------------------------------------------------------------------------
 
@@ -46,7 +48,7 @@ class Exchange(HttpToolsProtocol):
         if self.transport.is_closing():
             self._held = None
         elif self._held is not None:
-            self._wait_for_rest()
+            self._wait_for_rest(self._held)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget what is held, and tell a complete request under way that its client left."""
@@ -55,22 +57,10 @@ class Exchange(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-        if self._complete is not None and not self._idle:
-            self._complete.depart()
-
-    def on_message_begin(self) -> None:
-        """A head begins."""
-        super().on_message_begin()
-        self._forwarded = False
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header, and note what only messages can serve."""
-        name = name.lower()
-        if name == b"expect":
-            self.expect_100_continue |= value.lower() == _CONTINUE
-        elif name.startswith(_FORWARDED):
-            self._forwarded = True
-        self.headers.append((name, value))
+        if self._under_way is not None:
+            request, cycle = self._under_way
+            cycle.disconnected = True  # uvicorn tells only the newest of those that were pipelined
+            request.departure.tell()
 
     def on_message_complete(self) -> None:
         """The body is whole: a request that was held is complete."""
@@ -79,16 +69,10 @@ class Exchange(HttpToolsProtocol):
             self._answer_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        if self._reading and self._may_be_complete(cycle.scope):
-            self._held = cycle, app
+        if self._reading and app is self.app and self._may_be_complete(cycle.scope):
+            self._held = cycle
         else:
-            self._start(cycle, answering_whole(app, cycle))
-
-    def _start(self, cycle: RequestResponseCycle, app: Any) -> asyncio.Task[None]:
-        task = self.loop.create_task(cycle.run_asgi(app))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
+            super()._start_asgi_task(cycle, answering_whole(app, cycle))  # type: ignore[arg-type]
 
     def _may_be_complete(self, scope: HTTPScope) -> bool:
         """Whether to look what else comes with a head, before the application is told of it.
@@ -96,28 +80,31 @@ class Exchange(HttpToolsProtocol):
         Headers of proxies are left to uvicorn's own layer, which only messages pass.
         """
         return (
-            self._layers is not None
+            self._shortcut is not None
             and scope["method"] == "POST"
-            and not (self._forwarded or self.expect_100_continue or self.root_path)
-            and self._layers.takes(scope["path"])
+            and not (self.expect_100_continue or self.root_path)
+            and self._shortcut.takes(scope["path"])
+            and not any(name.startswith(_FORWARDED) for name, _ in scope["headers"])
         )
 
-    def _wait_for_rest(self) -> None:
+    def _wait_for_rest(self, cycle: RequestResponseCycle) -> None:
         """Many clients send a body right behind its head, in a packet of its own."""
-        if self._hold_timer is None:
-            length = dict(self.headers).get(b"content-length", b"")
-            if len(length) < 8 and length.isdigit() and int(length) <= HIGH_WATER_LIMIT:
-                self._hold_timer = self.loop.call_later(_HOLD_SECONDS, self._begin_held)
-            else:  # uvicorn would read no further before the application does
-                self._begin_held()
+        if self._hold_timer is not None:
+            return
+        cycle.scope["state"][BEGAN] = time.perf_counter()
+        length = dict(cycle.scope["headers"]).get(b"content-length", b"")
+        if len(length) < 8 and length.isdigit() and int(length) <= HIGH_WATER_LIMIT:
+            self._hold_timer = self.loop.call_later(_HOLD_SECONDS, self._begin_held)
+        else:  # uvicorn would read no further before the application does
+            self._begin_held()
 
     def _begin_held(self) -> None:
         """Let the application ask for the body."""
-        cycle, app = self._taken_from_hold()
+        cycle = self._taken_from_hold()
         if not self.transport.is_closing():
-            self._start(cycle, answering_whole(app, cycle))
+            self._start_asgi_task(cycle, self.app)
 
-    def _taken_from_hold(self) -> tuple[RequestResponseCycle, Any]:
+    def _taken_from_hold(self) -> RequestResponseCycle:
         if self._hold_timer is not None:
             self._hold_timer.cancel()
             self._hold_timer = None
@@ -126,16 +113,19 @@ class Exchange(HttpToolsProtocol):
         return held
 
     def _answer_complete(self) -> None:
-        assert self._layers is not None
-        cycle, _ = self._taken_from_hold()
+        """What is held is here as a whole."""
+        assert self._shortcut is not None
+        cycle = self._taken_from_hold()
         content, cycle.body = cycle.body, bytearray()
         cycle.message_event.clear()
         self.flow.resume_reading()  # or a client that leaves would not be noticed
         scope: Any = cycle.scope
         scope["app"] = self.config.app
         receive: Any = cycle.receive
-        self._complete = request = Complete(scope, receive, content)
-        request.task = self._start(cycle, answering(self._layers, request, cycle))
+        request = Complete(scope, receive, content)
+        self._under_way = request, cycle
+        app: Any = _answering(self._shortcut, request, cycle)
+        super()._start_asgi_task(cycle, app)
 
     # ---- out ----------------------------------------------------------------------------
 
@@ -144,7 +134,8 @@ class Exchange(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
-        """Begin what was pipelined, or rest."""
+        """Begin what was pipelined, or wait for what comes next."""
+        self._under_way = None
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -152,30 +143,46 @@ class Exchange(HttpToolsProtocol):
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         else:
-            self._rest()
+            self._start_keep_alive()
 
-    def _rest(self) -> None:
+    def _start_keep_alive(self) -> None:
         """Nothing is under way: close the connection unless something comes in time.
 
-        One timer goes on through all requests and looks how long the last pause is.
+        One timer goes on through all requests and looks how long the connection has been idle.
         """
-        self._resting_since = self.loop.time()
+        self._idle_since = self.loop.time()
         if self.timeout_keep_alive_task is None:
-            self._look_after(self.timeout_keep_alive)
+            self._check_keep_alive_in(self.timeout_keep_alive)
 
     def _unset_keepalive_if_required(self) -> None:
         """Called by uvicorn when something comes."""
-        self._resting_since = None
+        self._idle_since = None
 
-    def _look_after(self, seconds: float) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(seconds, self._look_how_long)
+    def _check_keep_alive_in(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self._check_keep_alive)
 
-    def _look_how_long(self) -> None:
+    def _check_keep_alive(self) -> None:
         self.timeout_keep_alive_task = None
-        if self._resting_since is None:
+        if self._idle_since is None:
             return
-        left = self._resting_since + self.timeout_keep_alive - self.loop.time()
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
         if left > 0:
-            self._look_after(left)
+            self._check_keep_alive_in(left)
         else:
             self.timeout_keep_alive_handler()
+
+
+def _answering(shortcut: Shortcut, request: Complete, cycle: RequestResponseCycle) -> ASGIApp:
+    """An ASGI application for one complete request."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await shortcut.answer(request)
+        except ClientDisconnect:
+            return
+        if response.background is not None or not write(
+            cycle, response.status_code, response.raw_headers, response.body
+        ):
+            await response(scope, receive, send)
+
+    return serve

@@ -137,5 +137,5 @@ def _sizes(stats: BatcherStats) -> Tallied:
 
 def add_tallied(family: HistogramMetricFamily, labels: list[str], tallied: Tallied) -> None:
     """Add a histogram that was counted elsewhere."""
-    pairs = [(f"{b:g}", c) for b, c in zip(tallied.bounds, tallied.cumulative, strict=True)]
+    pairs = [(str(float(b)), c) for b, c in zip(tallied.bounds, tallied.cumulative, strict=True)]
     family.add_metric(labels, [*pairs, ("+Inf", tallied.count)], sum_value=tallied.total)

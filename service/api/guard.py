@@ -1,6 +1,7 @@
 """Who is let in: the host name, the origin, the API key and the rate, before a route sees anything.
 
-Plain ASGI that reads the request's head alone, so a refusal costs microseconds and no body.
+Plain ASGI that reads the request's head alone, so a refusal costs microseconds, and of a body at
+most what came within the moment that a small one is waited for.
 
 Without keys a service on loopback is open to everything that runs on the machine, browsers
 included, and a browser runs strangers' pages. Two checks keep those out. A page that sends requests
@@ -14,14 +15,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import access, problems
-from service.api.complete import Complete
+from service.api.complete import Complete, Layer
 from service.api.keyring import Keyring
 from service.api.ratelimit import RateLimit
 from service.errors import (
@@ -93,8 +94,7 @@ class Guard:
     def __init__(
         self, app: ASGIApp, settings: Settings, keyring: Keyring, rate: RateLimit | None = None
     ) -> None:
-        self._app = app
-        self._next: Any = app
+        self._app = cast(Layer, app)
         self._keyring = keyring if settings.keys_required else None
         self._names = settings.allowed_hosts
         self._check_host = bool(self._names) or not settings.keys_required
@@ -110,18 +110,10 @@ class Guard:
         refusal = self._refuse(scope)
         await (self._app if refusal is None else refusal)(scope, receive, send)
 
-    def takes(self, path: str) -> bool:
-        """See `complete.Layer`."""
-        taken: bool = self._next.takes(path)
-        return taken
-
     async def answer(self, request: Complete) -> Response:
         """See `complete.Layer`."""
         refusal = self._refuse(request.scope)
-        if refusal is not None:
-            return refusal
-        answer: Response = await self._next.answer(request)
-        return answer
+        return await self._app.answer(request) if refusal is None else refusal
 
     def _refuse(self, scope: Scope) -> Response | None:
         """Note who asks in the request's state; the refusal of who may not."""

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from service.api import tracing
 from service.api.complete import Complete
+from service.api.departure import Departure
 from service.api.state import Service
 from service.errors import NotLoaded
 from service.hosting import Hosted
@@ -56,34 +57,35 @@ async def compute(
 async def unless_departed(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`; if the client leaves first, `work` is cancelled and gives up its place.
 
-    Watching for that costs a task, so it begins only when the answer is slow to come.
+    Raises ClientDisconnect then. The connection tells of a complete request's departure. For
+    another one it is watched for, which costs a task and so begins only when the answer is slow.
     """
     if isinstance(request, Complete):
-        with request:
-            return await work
-    watch = _DepartureWatch(request)
+        return await _waited_for(work, request.departure)
+    departure = Departure()
+    watch = _DepartureWatch(request, departure)
     timer = asyncio.get_running_loop().call_later(_PATIENCE_SECONDS, watch.begin)
     try:
-        return await work
-    except asyncio.CancelledError:
-        if watch.departed and watch.caller.uncancel() == 0:
-            raise ClientDisconnect from None
-        raise
+        return await _waited_for(work, departure)
     finally:
         timer.cancel()
         watch.end()
 
 
+async def _waited_for(work: Coroutine[Any, Any, T], departure: Departure) -> T:
+    if departure.told:
+        work.close()
+    with departure:
+        return await work
+
+
 class _DepartureWatch:
-    """Cancels the task that made it once the client has left, from `begin` to `end`."""
+    """Tells of a client that leaves, from `begin` to `end`."""
 
-    __slots__ = ("_receive", "_watching", "caller", "departed")
+    __slots__ = ("_departure", "_receive", "_watching")
 
-    def __init__(self, request: Request) -> None:
-        caller = asyncio.current_task()
-        assert caller is not None
-        self.caller = caller
-        self.departed = False
+    def __init__(self, request: Request, departure: Departure) -> None:
+        self._departure = departure
         self._receive = request.receive
         self._watching: asyncio.Task[None] | None = None
 
@@ -97,8 +99,7 @@ class _DepartureWatch:
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.departed = True
-        self.caller.cancel()
+        self._departure.tell()
 
 
 def server_timing(timing: Timing) -> str:

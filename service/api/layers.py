@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp
 
-from service.api.complete import Layer
+from service.api.complete import Layer, Shortcut
+from service.api.direct import DirectDispatch
 
 
 class Application(FastAPI):
@@ -20,8 +22,8 @@ class Application(FastAPI):
     them for nothing, and the first would answer in a form of its own before ours sees the error.
     """
 
-    complete: Layer | None = None
-    """The layers, for requests that are here in one piece; None if one of them wants messages."""
+    complete: Shortcut | None = None
+    """How requests are answered that are here in one piece; None if a layer wants messages."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """What was added, the last one outermost, around FastAPI from its known errors inwards."""
@@ -30,9 +32,18 @@ class Application(FastAPI):
         self.user_middleware = added
         while not isinstance(layers, ExceptionMiddleware):
             layers = layers.app
+        built = [layers]
         for layer, arguments, options in reversed(added):
-            layers = layer(layers, *arguments, **options)
-        if added and all(hasattr(layer, "answer") for layer, _, _ in added):
-            self.complete = layers
-        stack: ASGIApp = layers
+            built.append(layer(built[-1], *arguments, **options))
+        self.complete = _shortcut(built[1:])
+        stack: ASGIApp = built[-1]
         return stack
+
+
+def _shortcut(layers: Sequence[Any]) -> Shortcut | None:
+    """Through all of them, the innermost first, if there is a way."""
+    if all(isinstance(layer, Layer) for layer in layers) and layers:
+        innermost, outermost = layers[0], layers[-1]
+        if isinstance(innermost, DirectDispatch):
+            return Shortcut(innermost.takes, outermost.answer)
+    return None

@@ -32,6 +32,8 @@ class Metrics:
         )
         running.set_function(lambda: self._running)
         self._running = 0
+        # Written on the event loop alone; a scrape reads them on a thread, and may miss the request
+        # that is being counted.
         self._requests: dict[tuple[str, str, int], int] = {}
         self._seconds: dict[str, Tally] = {}
         self.watch(self._counted)
@@ -63,7 +65,7 @@ class Metrics:
             requests.add_metric([route, method, str(status)], count)
         seconds = HistogramMetricFamily(
             "foldserve_http_request_seconds",
-            "Time from the request's head to the end of its response, in seconds.",
+            "Time from the request's head until its answer was handed to its connection, in s.",
             labels=["route"],
         )
         for route, tally in list(self._seconds.items()):

@@ -9,8 +9,7 @@ import random
 import re
 import time
 from collections.abc import Iterable
-from contextvars import Token
-from typing import Any
+from typing import cast
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -18,38 +17,18 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import problems
-from service.api.complete import Complete
+from service.api.complete import BEGAN, Complete, Layer
 from service.api.metrics import Metrics
 from service.api.request_id import CURRENT, HEADER
+from service.api.security_headers import SECURITY_HEADERS
 
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
-# The pages need nothing from elsewhere: own scripts and styles, no frames, no forms to strangers,
-# and no script may turn a string into markup or code.
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'self'; "
-    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-)
-_SECURITY = {
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "same-origin",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "content-security-policy": CONTENT_SECURITY_POLICY,
-}
-_SECURITY_PAIRS = tuple((name.encode(), value.encode()) for name, value in _SECURITY.items())
+_SECURITY_PAIRS = tuple((name.encode(), value.encode()) for name, value in SECURITY_HEADERS)
 _SECURITY_NAMES = frozenset(name for name, _ in _SECURITY_PAIRS)
 CLIENT_LEFT = 499
 # Ids have to differ, not to be secret, and the system's entropy costs several times as much.
 _RANDOM = random.Random()
-
-
-def security_headers() -> dict[str, str]:
-    """The headers that every answer carries, for those that are made outside the application."""
-    return dict(_SECURITY)
-
 
 log = structlog.get_logger("foldserve.access")
 
@@ -58,8 +37,7 @@ class AroundEveryRequest:
     """ASGI middleware; see the module."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
-        self._app = app
-        self._next: Any = app
+        self._app = cast(Layer, app)
         self._metrics = metrics
         self._access_log = access_log
 
@@ -92,11 +70,6 @@ class AroundEveryRequest:
         finally:
             self._end(visit)
 
-    def takes(self, path: str) -> bool:
-        """See `complete.Layer`."""
-        taken: bool = self._next.takes(path)
-        return taken
-
     async def answer(self, request: Complete) -> Response:
         """See `complete.Layer`."""
         visit = self._begin(request.scope)
@@ -110,19 +83,17 @@ class AroundEveryRequest:
 
     async def _answer(self, request: Complete) -> Response:
         try:
-            response: Response = await self._next.answer(request)
+            return await self._app.answer(request)
         except ClientDisconnect:
             raise
         except Exception:
             _log_unexpected(request.scope)
-            response = problems.internal_error(request.scope["path"])
-        return response
+            return problems.internal_error(request.scope["path"])
 
     def _begin(self, scope: Scope) -> _Visit:
         visit = _Visit(scope)
         scope.setdefault("state", {})["request_id"] = visit.id
         self._metrics.began()
-        visit.token = CURRENT.set(visit.id)
         return visit
 
     def _end(self, visit: _Visit) -> None:
@@ -148,10 +119,10 @@ class _Visit:
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
-        self.start = time.perf_counter()
+        self.start: float = scope.get("state", {}).pop(BEGAN, None) or time.perf_counter()
         self.id = _request_id(scope)
         self.status = CLIENT_LEFT
-        self.token: Token[str | None]
+        self.token = CURRENT.set(self.id)
 
     def completed(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """The response's headers with the request's id and the security headers that it lacks."""

@@ -15,12 +15,12 @@ from starlette.responses import Response
 
 from service import errors
 from service.api import images, problems, tensors
-from service.api.answer import Answer
 from service.api.bodies import MultipartReader, Part, media_type, too_large, whole, whole_or_view
 from service.api.direct import DirectRoute, direct
 from service.api.documented import inlined, refusals
 from service.api.encoding import json_bytes
 from service.api.inference import compute, find_hosted, server_timing, unless_departed
+from service.api.known import KnownResponse
 from service.api.schemas import ArraysAnswer, PredictionAnswer
 from service.api.state import Service, of
 from service.api.uploads import ModelName
@@ -324,20 +324,19 @@ async def _on_thread(service: Service, function: Callable[..., T], *args: Any) -
 
 def _answer(request: Request, hosted: Hosted, asked: _Asked, result: Result) -> Response:
     accept = request.headers.get("accept", "")
-    headers: tuple[tuple[str, str], ...] = (("Foldserve-Version", str(hosted.version)),)
-    if asked.timing:
-        headers += (("Server-Timing", server_timing(result.timing)),)
+    headers = (("Foldserve-Version", str(hosted.version)),)
+    own = (("Server-Timing", server_timing(result.timing)),) if asked.timing else ()
     if tensors.NPY in accept:
         body = tensors.to_npy(tensors.joined(result.outputs))
-        return Answer(body, tensors.NPY, headers)
+        return KnownResponse(body, tensors.NPY, headers, own)
     head = {"model": hosted.model, "version": hosted.version, "form": asked.form}
     outputs = result.outputs
     if ARRAYS in accept or len(outputs) != 1 or outputs[0].ndim != 2:
         arrays = [{"shape": output.shape, "data": _plain(output)} for output in outputs]
         body = json_bytes(head | {"outputs": arrays})
-        return Answer(body, ARRAYS if ARRAYS in accept else _JSON, headers)
+        return KnownResponse(body, ARRAYS if ARRAYS in accept else _JSON, headers, own)
     top = _top(outputs[0], asked.top_k, hosted.labels)
-    return Answer(json_bytes(head | {"predictions": top}), _JSON, headers)
+    return KnownResponse(json_bytes(head | {"predictions": top}), _JSON, headers, own)
 
 
 def _plain(output: NDArray[Any]) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from service import errors
 from service.api.encoding import json_bytes
+from service.api.known import KnownResponse
 from service.api.v2 import errors as v2_errors
 from service.errors import FoldserveError
 
@@ -138,26 +139,12 @@ def _row(kind: type[FoldserveError]) -> _Row:
     return _ROWS.setdefault(kind, _Row(head, code))
 
 
-class _Problem(Response):
-    """A response whose headers are known: to find them out costs more than the document."""
-
-    def __init__(self, body: bytes, status: int, headers: Mapping[str, str]) -> None:
-        self.status_code, self.body, self.background = status, body, None
-        self.raw_headers = [
-            *(
-                (name.lower().encode("latin-1"), value.encode("latin-1"))
-                for name, value in headers.items()
-            ),
-            (b"content-length", b"%d" % len(body)),
-            (b"content-type", MEDIA_TYPE.encode()),
-        ]
-
-
 def response(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
     """A problem document as a response with its own status; under `/v2` as that protocol has it."""
     if v2_errors.speaks_v2(str(body.get("instance", ""))):
         return v2_errors.response(body, headers)
-    return _Problem(json_bytes(body), body["status"], headers or {})
+    own = headers.items() if headers else ()
+    return KnownResponse(json_bytes(body), MEDIA_TYPE, own=own, status=body["status"])
 
 
 def error_response(error: FoldserveError, instance: str) -> Response:

@@ -66,6 +66,7 @@ class Hosted:
 
     def predict(self, rows: Rows, form: Form) -> Coroutine[Any, Any, Result]:
         """Outputs for rows, as `Batcher.submit` takes them. Raises what `ModelSet.predict` does."""
+        # No coroutine of its own: one more for each request would do nothing but wait.
         return self.models.predict(self.model, rows, version=self.version, form=form)
 
 

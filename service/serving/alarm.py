@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from service.serving.device import hand_over
 from service.serving.request import monotonic
 
 
@@ -25,15 +26,25 @@ class Alarm:
             if timer[0] <= deadline:
                 return
             timer[1].cancel()
+        else:
+            self._timers = {each: timer for each, timer in self._timers.items() if _is_open(each)}
         self._timers[loop] = deadline, loop.call_later(deadline - monotonic(), self._due, loop)
 
     def clear(self) -> None:
-        """Ring no more; called on the loop that set it."""
-        for _, timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        """Ring no more, on any loop; called on one of them."""
+        here = asyncio.get_running_loop()
+        timers, self._timers = self._timers, {}
+        for loop, (_, timer) in timers.items():
+            if loop is here:
+                timer.cancel()
+            else:
+                hand_over(loop, timer.cancel)
 
     def _due(self, loop: asyncio.AbstractEventLoop) -> None:
-        del self._timers[loop]
+        self._timers.pop(loop, None)
         if (following := self._ring()) is not None:
             self.set(loop, following)
+
+
+def _is_open(loop: asyncio.AbstractEventLoop) -> bool:
+    return not loop.is_closed()

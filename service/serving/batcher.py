@@ -43,9 +43,9 @@ class Batcher:
 
     Rows enter on the loop, batches are assembled and run on the device's threads, and answers are
     handed back with one call per batch and loop. The device is shared: after each turn the next one
-    queues behind whatever else was posted there, so models take turns. A batch that takes next to
-    no time runs on the loop instead (`BatchLimits.inline_seconds`), after the loop has looked once
-    for others who are there already.
+    queues behind whatever else was posted there, so models take turns. A batch that takes
+    little time runs on the loop instead (`BatchLimits.inline_seconds`), after the loop has looked
+    once for others who are there already.
     """
 
     def __init__(
@@ -138,9 +138,11 @@ class Batcher:
         if not drain:
             for request in self._backlog.clear("failed"):
                 _set_error(request.future, NotLoaded("The model was unloaded meanwhile."))
-        while self._turns:
-            await self._device.call(_nothing)  # comes back behind the turns that are under way
-        self._alarm.clear()  # or it would hold the program until then
+        try:
+            while self._turns:
+                await self._device.call(_nothing)  # comes back behind the turns that are under way
+        finally:
+            self._alarm.clear()  # or it would hold the program until then
 
     def _checked(self, rows: Rows) -> BatchPart:
         part = checked(rows, self._inputs, levels=self.takes_levels)

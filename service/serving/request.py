@@ -16,6 +16,7 @@ from service.serving.backends.parts import BatchPart
 
 Column: TypeAlias = "Tensor | NDArray[Any]"
 Outputs: TypeAlias = "tuple[NDArray[Any], ...]"
+"""Each [N, ...], in the program's order."""
 Rows: TypeAlias = "Column | tuple[Column, ...] | Mapping[str, Column] | BatchPart"
 """Rows of a request: one array [N, ...] where the program has one input, else one for each input,
 in order or by name; or grey levels of an image input, as a part with `levels`."""

@@ -34,8 +34,8 @@ class BatchLimits:
     `request_seconds` (seconds, default 30): a request that still waits after this long is dropped
     with DeadlineExceeded, unless it brought a deadline of its own.
     `inline_seconds` (seconds, default 0 = never): a batch that is known to compute in less than
-    this, on one CPU thread, runs on the event loop when the device is idle. Waking the device's
-    thread and being woken by it would take longer.
+    this, on one CPU thread, runs on the event loop when the device is idle. The device's thread
+    would have to be woken, and contend with the loop for the interpreter.
     """
 
     queue_rows: int = 1024

@@ -18,7 +18,7 @@ class Tallied:
 
 
 class Tally:
-    """Not locked: whoever shares one brings the lock."""
+    """Not locked: whoever adds from several threads brings the lock; a reader may lag by one."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = tuple(bounds)

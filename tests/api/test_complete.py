@@ -7,7 +7,11 @@ request came. Everything else of an answer must be the same.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import re
+import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from uvicorn.server import ServerState
 
+from service.api import exchange
 from service.api.bodies import chunks, whole
 from service.api.complete import Complete
 from service.api.direct import DirectDispatch, DirectRoute, direct
@@ -32,6 +37,9 @@ from service.api.metrics import Metrics
 from service.api.middleware import AroundEveryRequest
 from service.errors import BadInput
 from service.settings import Settings
+from tests.api import tiny
+from tests.api.raw import answer, connected
+from tests.running import RunningServer
 
 LIMIT = 50_000
 SECONDS = 10
@@ -74,13 +82,14 @@ class Listener:
         self.app.add_middleware(DirectDispatch, routers=[("/v1", router)])
         self.app.add_middleware(Guard, settings=self.settings, keyring=Keyring(1))
         self.app.add_middleware(AroundEveryRequest, metrics=self.metrics, access_log=False)
+        self.state = ServerState()
         self.port = 0
 
     async def run(self, scenario: Callable[[Listener], Awaitable[None]]) -> None:
         self.app.middleware_stack = self.app.build_middleware_stack()
         config = uvicorn_config(self.app, self.settings)
         config.load()
-        state = ServerState()
+        state = self.state
         protocol: Any = config.http_protocol_class
         listening = await asyncio.get_running_loop().create_server(
             lambda: protocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
@@ -213,14 +222,19 @@ def test_a_body_in_chunks_may_be_complete_too(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
-def test_a_small_body_may_come_right_behind_its_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("patience", "complete"), [(5.0, True), (0.0, False)])
+def test_a_small_body_may_come_right_behind_its_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float, complete: bool
+) -> None:
+    monkeypatch.setattr(exchange, "_HOLD_SECONDS", patience)
+
     async def scenario(listener: Listener) -> None:
-        for size, complete in ((3, True), (40_000, True)):
+        for size in (3, 40_000):
             request = post("plain", bytes(size))
-            ((_, _, body),) = await listener.ask(*apart(request), pause=0.002)
+            ((_, _, body),) = await listener.ask(*apart(request))
             assert json.loads(body) == {"complete": complete, "bytes": size, "sum": 0}
         big = post("streamed", bytes(70_000))  # nobody would read so much before it is asked for
-        ((_, _, body),) = await listener.ask(*apart(big), pause=0.002)
+        ((_, _, body),) = await listener.ask(*apart(big))
         assert json.loads(body) == {"complete": False, "bytes": 70_000, "sum": 0}
 
     run(tmp_path, scenario)
@@ -250,6 +264,33 @@ def test_several_requests_in_one_piece_are_answered_in_their_order(tmp_path: Pat
         assert [json.loads(body)["sum"] for _, _, body in answers] == [0, 2, 6, 12, 20]
 
     run(tmp_path, scenario)
+
+
+def test_who_leaves_with_another_request_behind_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(listener: Listener) -> None:
+        began, ended = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> None:
+            began.set()
+            try:
+                await asyncio.sleep(SECONDS)
+            finally:
+                ended.set()
+
+        listener.app.state.slow = slow
+        _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(post("slow") + post("plain"))
+        await asyncio.wait_for(began.wait(), SECONDS)
+        (connection,) = listener.state.connections
+        connection.transport.abort()  # nothing is read meanwhile: an end would not be noticed
+        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.sleep(0.05)
+        writer.close()
+
+    run(tmp_path, scenario)
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
 
 
 def test_a_client_that_leaves_gives_up_its_place(tmp_path: Path) -> None:
@@ -284,25 +325,24 @@ def _complete() -> Complete:
     async def receive() -> Any:
         await asyncio.sleep(SECONDS)
 
-    return Complete({"type": "http", "headers": []}, receive, bytearray(b"x"))
+    return Complete({"type": "http", "headers": []}, receive, bytearray(b"[1]"))
 
 
 def test_a_departure_is_told_from_any_other_cancelling() -> None:
     async def waiting(request: Complete) -> None:
-        with request:
-            await asyncio.sleep(SECONDS)
+        await unless_departed(request, asyncio.sleep(SECONDS))
 
     async def scenario() -> None:
         left, stopped = _complete(), _complete()
-        left.task = asyncio.create_task(waiting(left))
-        stopped.task = asyncio.create_task(waiting(stopped))
+        tasks = [asyncio.create_task(waiting(request)) for request in (left, stopped)]
         await asyncio.sleep(0)
-        left.depart()
-        stopped.task.cancel()
+        left.departure.tell()
+        tasks[1].cancel()
         with pytest.raises(ClientDisconnect):
-            await left.task
+            await tasks[0]
+        assert not tasks[0].cancelling()
         with pytest.raises(asyncio.CancelledError):
-            await stopped.task
+            await tasks[1]
         with pytest.raises(ClientDisconnect):  # who has left already need not wait at all
             await waiting(left)
 
@@ -311,18 +351,123 @@ def test_a_departure_is_told_from_any_other_cancelling() -> None:
 
 def test_a_departure_ends_nothing_but_the_waiting() -> None:
     async def work(request: Complete) -> str:
-        with request:
-            await asyncio.sleep(0)
-        request.depart()
+        await unless_departed(request, asyncio.sleep(0))
+        request.departure.tell()
         await asyncio.sleep(0)  # such as an upload that is being committed
         return "done"
 
-    async def scenario() -> None:
-        request = _complete()
-        request.task = task = asyncio.create_task(work(request))  # type: ignore[assignment]
-        assert await task == "done"
+    assert asyncio.run(work(_complete())) == "done"
 
-    asyncio.run(scenario())
+
+def test_starlettes_own_ways_to_the_body_find_it() -> None:
+    async def scenario() -> None:
+        assert await _complete().json() == [1]
+        assert await _complete().body() == b"[1]"
+        assert b"".join([piece async for piece in _complete().stream()]) == b"[1]"
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+
+
+def _holds(thing: object, size: int) -> bool:
+    return type(thing) is Complete and len(thing.content) == size
+
+
+def test_nothing_of_an_answered_request_is_kept(tmp_path: Path) -> None:
+    kept: list[weakref.ref[Any]] = []
+
+    async def scenario(listener: Listener) -> None:
+        async def slow() -> None:
+            kept.extend(weakref.ref(each) for each in gc.get_objects() if _holds(each, 40_000))
+
+        listener.app.state.slow = slow
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(post("slow", bytes(40_000)))
+        assert (await _answer(reader))[0] == 200
+        await asyncio.sleep(0)
+        gc.collect()
+        assert [each() for each in kept] == [None]  # with its connection still open
+        writer.close()
+
+    run(tmp_path, scenario)
+
+
+def test_the_time_of_a_request_begins_with_its_head(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        await listener.ask(*apart(post("plain")), pause=0.3)
+
+    text = run(tmp_path, scenario).metrics.render().decode()
+    (total,) = re.findall(r"^foldserve_http_request_seconds_sum\{.*\} (.*)$", text, re.MULTILINE)
+    assert 0.3 <= float(total) < SECONDS
+    assert 'foldserve_http_request_seconds_bucket{le="1.0",route="/v1/{name}"} 1.0' in text
+
+
+def test_layers_that_are_put_together_anew_are_looked_at_anew(tmp_path: Path) -> None:
+    app = Listener(tmp_path).app
+    app.build_middleware_stack()
+    assert app.complete is not None
+    app.add_middleware(CORSMiddleware)
+    app.build_middleware_stack()
+    assert app.complete is None
+
+
+def test_a_service_that_drains_says_so_both_ways(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        listener.app.state.service.draining = True
+        for pieces in ([post("plain")], apart(post("plain"))):
+            ((status, fields, body),) = await listener.ask(*pieces)
+            assert (status, fields["connection"]) == (200, "close")
+            assert json.loads(body)["complete"] is (len(pieces) == 1)
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("key", ["", "reader", "predictor"])
+def test_keys_are_asked_for_both_ways(
+    guarded: tuple[RunningServer, dict[str, str]], key: str
+) -> None:
+    server, keys = guarded
+    extra = f"Authorization: Bearer {keys[key]}\r\n" if key else ""
+    request = post("models/missing/predict", extra=extra)
+    wanted = {"": (401, "unauthorized"), "reader": (403, "forbidden")}
+    for pieces in ([request], apart(request)):
+        with connected(server.url) as connection:
+            for number, piece in enumerate(pieces):
+                time.sleep(0.05 * number)
+                connection.sendall(piece)
+            status, _, body = answer(connection)
+            assert (status, body["code"]) == wanted.get(key, (404, "model_not_found"))
+
+
+def test_predictions_are_the_same_both_ways(server: RunningServer, model: str) -> None:
+    row = tiny.npy(tiny.rows(1)[0])
+    asked = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "input_0",
+                    "datatype": "FP32",
+                    "shape": [1, *tiny.rows(1)[0].shape],
+                    "data": tiny.rows(1)[0].ravel().tolist(),
+                }
+            ]
+        }
+    ).encode()
+    requests = [
+        post(f"models/{model}/predict", row, "Content-Type: application/x-npy\r\n"),
+        post(f"models/{model}/infer", asked).replace(b"/v1/", b"/v2/"),
+    ]
+    for request in requests:
+        found = []
+        for pieces in ([request], apart(request)):
+            with connected(server.url) as connection:
+                for number, piece in enumerate(pieces):
+                    time.sleep(0.05 * number)
+                    connection.sendall(piece)
+                status, fields, body = answer(connection)
+                assert status == 200, body
+                assert not {"date", "x-request-id"} - fields.keys()
+                found.append((fields.keys(), body))
+        assert found[0] == found[1]
 
 
 def test_a_connection_is_closed_once_its_last_pause_was_too_long(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from service.api.middleware import security_headers
+from service.api.security_headers import SECURITY_HEADERS
 from service.api.whole import answering_whole
 
 LOG = logging.getLogger(__name__)
 LENGTH = (b"content-length", b"5")
-SECURITY = [(name.encode(), value.encode()) for name, value in security_headers().items()]
+SECURITY = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS]
 
 
 class Transport(asyncio.Transport):

@@ -12,11 +12,11 @@ from starlette.responses import Response
 
 from service import errors
 from service.api import bodies, compression, problems
-from service.api.answer import Answer
 from service.api.direct import DirectRoute, direct
 from service.api.documented import Responses
 from service.api.encoding import json_bytes
 from service.api.inference import find_hosted, unless_departed
+from service.api.known import Headers, KnownResponse
 from service.api.state import Here, Service, of
 from service.api.v2 import models, repository, rest
 from service.api.v2.documented import (
@@ -199,7 +199,7 @@ async def serve(request: Request) -> Response:
         asked = rest.parse(body, head)
     answer = await unless_departed(request, infer(service, on, version, asked))
     pieces, json_length = rest.encode(answer)
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     if json_length is not None:
         headers += ((rest.HEADER_LENGTH, str(json_length)),)
     content = b"".join(pieces) if len(pieces) > 1 else bytes(pieces[0])
@@ -208,7 +208,7 @@ async def serve(request: Request) -> Response:
         headers += (("Content-Encoding", coding),)
         content = await _on_thread(service, compression.compress, pieces, coding)
     kind = _JSON if json_length is None else _BINARY
-    return Answer(content, kind, headers)
+    return KnownResponse(content, kind, headers)
 
 
 @hot.post(
