@@ -77,6 +77,9 @@ class Connection(Exchange):
         self._in_head = False
         self._head_bytes = 0
         self._head_fields = 0
+        self._unheard_bytes = 0
+        """What came since the parser last told of a piece of a body, or of a message's end."""
+        self._complaint: str | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._drain_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -108,6 +111,7 @@ class Connection(Exchange):
         """Parse, then bound what no callback of the parser sees: endless headers, idle clients."""
         if self.transport.is_closing():
             return
+        self._unheard_bytes += len(data)
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -118,6 +122,12 @@ class Connection(Exchange):
                 self._refuse(self._too_large())
             elif self._head_timer is None:
                 self._head_timer = self.loop.call_later(self.limits.head_seconds, self._no_head)
+        elif self._unheard_bytes > 2 * self.limits.head_bytes:
+            # Behind a body's last piece: a trailer or a chunk's head that never ends.
+            if self._idle:
+                self.transport.abort()
+            else:
+                self._refuse(self._too_large())
         elif self._idle and self._idle_since is None:
             self._start_keep_alive()  # the rest of a body after its answer, or empty lines
 
@@ -132,8 +142,12 @@ class Connection(Exchange):
         self._count(len(url), 0)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header with its separators. Raises HeadTooLarge, which ends the parser."""
-        super().on_header(name, value)
+        """Count a header with its separators. Raises HeadTooLarge, which ends the parser.
+
+        Trailers are counted alone: behind a body nothing may change who asks, and for what.
+        """
+        if self._in_head:
+            super().on_header(name, value)
         self._count(len(name) + len(value) + 4, 1)
 
     def on_headers_complete(self) -> None:
@@ -142,14 +156,31 @@ class Connection(Exchange):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+        upgrade = self.parser.should_upgrade()
+        if upgrade and self._announces_body():
+            self._complaint = "A request that asks for another protocol can have no body here."
+            raise ValueError(self._complaint)  # its parser would take the body for a request
         super().on_headers_complete()
+        if upgrade:
+            self.cycle.keep_alive = False  # whatever follows is not in this protocol
+
+    def _announces_body(self) -> bool:
+        return any(
+            name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0"))
+            for name, value in self.headers
+        )
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        self._unheard_bytes = 0
+        super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn when its parser gives up, also because a callback here raised."""
         if self._refused is not None:
             self._refuse(self._refused)
         else:
-            self._answer(problems.malformed_request(msg), {})
+            self._answer(problems.malformed_request(self._complaint or msg), {})
 
     def _count(self, size: int, fields: int) -> None:
         self._head_bytes += size
@@ -185,6 +216,7 @@ class Connection(Exchange):
 
     def on_message_complete(self) -> None:
         """The body is whole: nothing is left to throw away."""
+        self._unheard_bytes = 0
         if self._drain_timer is not None:
             self._drain_timer.cancel()
             self._drain_timer = None

@@ -35,7 +35,8 @@ class Exchange(HttpToolsProtocol):
         self._reading = False
         self._held: RequestResponseCycle | None = None
         self._hold_timer: asyncio.TimerHandle | None = None
-        self._under_way: tuple[Complete, RequestResponseCycle] | None = None
+        self._served: RequestResponseCycle | None = None
+        self._complete: Complete | None = None
         self._idle_since: float | None = None
 
     # ---- in -----------------------------------------------------------------------------
@@ -57,10 +58,11 @@ class Exchange(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-        if self._under_way is not None:
-            request, cycle = self._under_way
-            cycle.disconnected = True  # uvicorn tells only the newest of those that were pipelined
-            request.departure.tell()
+        if self._served is not None:  # uvicorn tells only the newest of those that were pipelined
+            self._served.disconnected = True
+            self._served.message_event.set()
+        if self._complete is not None:
+            self._complete.departure.tell()
 
     def on_message_complete(self) -> None:
         """The body is whole: a request that was held is complete."""
@@ -72,6 +74,7 @@ class Exchange(HttpToolsProtocol):
         if self._reading and app is self.app and self._may_be_complete(cycle.scope):
             self._held = cycle
         else:
+            self._served = cycle
             super()._start_asgi_task(cycle, answering_whole(app, cycle))  # type: ignore[arg-type]
 
     def _may_be_complete(self, scope: HTTPScope) -> bool:
@@ -123,7 +126,7 @@ class Exchange(HttpToolsProtocol):
         scope["app"] = self.config.app
         receive: Any = cycle.receive
         request = Complete(scope, receive, content)
-        self._under_way = request, cycle
+        self._served, self._complete = cycle, request
         app: Any = _answering(self._shortcut, request, cycle)
         super()._start_asgi_task(cycle, app)
 
@@ -135,7 +138,7 @@ class Exchange(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Begin what was pipelined, or wait for what comes next."""
-        self._under_way = None
+        self._served = self._complete = None
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return

@@ -27,7 +27,9 @@ class Alarm:
                 return
             timer[1].cancel()
         else:
-            self._timers = {each: timer for each, timer in self._timers.items() if _is_open(each)}
+            for other in list(self._timers):  # other loops may be at it too
+                if other.is_closed():
+                    self._timers.pop(other, None)
         self._timers[loop] = deadline, loop.call_later(deadline - monotonic(), self._due, loop)
 
     def clear(self) -> None:
@@ -44,7 +46,3 @@ class Alarm:
         self._timers.pop(loop, None)
         if (following := self._ring()) is not None:
             self.set(loop, following)
-
-
-def _is_open(loop: asyncio.AbstractEventLoop) -> bool:
-    return not loop.is_closed()

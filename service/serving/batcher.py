@@ -142,7 +142,8 @@ class Batcher:
             while self._turns:
                 await self._device.call(_nothing)  # comes back behind the turns that are under way
         finally:
-            self._alarm.clear()  # or it would hold the program until then
+            if not self._backlog:  # or it would hold the program until it rings
+                self._alarm.clear()
 
     def _checked(self, rows: Rows) -> BatchPart:
         part = checked(rows, self._inputs, levels=self.takes_levels)

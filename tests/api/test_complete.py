@@ -7,6 +7,7 @@ request came. Everything else of an answer must be the same.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import re
@@ -484,3 +485,75 @@ def test_a_connection_is_closed_once_its_last_pause_was_too_long(tmp_path: Path)
         writer.close()
 
     run(tmp_path, scenario, keep_alive_seconds=1)
+
+
+UPGRADE = "Connection: Upgrade\r\nUpgrade: {}\r\n"
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c", "anything"])
+def test_a_body_is_never_taken_for_a_request(tmp_path: Path, protocol: str) -> None:
+    """The parser skips the body of a request that asks for another protocol."""
+    inner = post("smuggled", b"inner")
+    outer = post("plain", inner, UPGRADE.format(protocol))
+
+    async def scenario(listener: Listener) -> None:
+        for pieces in ([outer], apart(outer), (outer[: -len(inner)], inner)):
+            ((status, fields, body),) = await listener.ask(*pieces)
+            assert (status, fields["connection"]) == (400, "close")
+            assert "no body" in json.loads(body)["detail"]
+        # Without a body it is served, and nothing behind it.
+        alone = post("plain", b"", UPGRADE.format(protocol))
+        for pieces in ([alone + inner], (alone, inner)):
+            ((status, fields, _),) = await listener.ask(*pieces)
+            assert (status, fields["connection"]) == (200, "close")
+
+    counted = run(tmp_path, scenario).metrics.render().decode()
+    assert 'foldserve_http_requests_total{method="POST",route="/v1/{name}",status="200"} 2.0' in (
+        counted
+    )
+
+
+CHUNKED = b"POST /v1/plain HTTP/1.1\r\nHost: %b\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
+
+
+def test_a_trailer_changes_nothing_of_the_head(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        for host, wanted in ((b"elsewhere.example", 421), (b"x", 200)):
+            ((status, fields, _),) = await listener.ask(
+                CHUNKED % host + b"0\r\nHost: x\r\nX-Request-ID: trailed\r\n\r\n"
+            )
+            assert status == wanted
+            assert fields["x-request-id"] != "trailed"
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("endless", [b"0\r\nX-T: ", b"1;"])
+def test_a_trailer_or_an_extension_ends_somewhere(tmp_path: Path, endless: bytes) -> None:
+    async def scenario(listener: Listener) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(CHUNKED % b"x" + endless)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 10 * listener.settings.max_head_bytes:
+                writer.write(bytes([97]) * 4096)
+                await writer.drain()
+                sent += 4096
+                await asyncio.sleep(0.001)
+            pytest.fail("it was read to no end")
+        with contextlib.suppress(ConnectionError):
+            assert b"431" in await reader.read(20)
+        writer.close()
+
+    run(tmp_path, scenario)
+
+
+def test_a_long_body_in_many_chunks_is_no_endless_trailer(tmp_path: Path) -> None:
+    chunks_ = b"".join(b"%x\r\n%b\r\n" % (size, bytes(size)) for size in (1, 700) * 60)
+
+    async def scenario(listener: Listener) -> None:
+        pieces = [CHUNKED % b"x", *(chunks_[at : at + 9000] for at in range(0, len(chunks_), 9000))]
+        ((status, _, body),) = await listener.ask(*pieces, b"0\r\nX-T: a\r\n\r\n", pause=0.01)
+        assert (status, json.loads(body)["bytes"]) == (200, 1 + 60 * 701)
+
+    run(tmp_path, scenario)
