@@ -37,7 +37,11 @@ def open_engine(url: str) -> Engine:
     sqlite = parsed.get_backend_name() == "sqlite"
     if sqlite and parsed.database in (None, "", ":memory:"):
         raise ValueError("the catalog needs a database file: each connection sees its own :memory:")
-    engine = create_engine(parsed, pool_pre_ping=not sqlite, json_serializer=_json)
+    # Text is UTF-8 whatever the server's locale: psycopg gives bytes where that is SQL_ASCII.
+    encoding = {} if sqlite else {"client_encoding": "utf8"}
+    engine = create_engine(
+        parsed, connect_args=encoding, pool_pre_ping=not sqlite, json_serializer=_json
+    )
     if sqlite:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)

@@ -26,7 +26,9 @@ def shared(box: Machine, tmp_path: Path) -> Iterator[dict[str, str]]:
     if not server:
         pytest.skip("TEST_POSTGRES_URL names no PostgreSQL server to test on")
     name = f"foldserve_{uuid.uuid4().hex}"
-    engine = create_engine(server, isolation_level="AUTOCOMMIT")
+    engine = create_engine(
+        server, isolation_level="AUTOCOMMIT", connect_args={"client_encoding": "utf8"}
+    )
     with engine.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
     yield {

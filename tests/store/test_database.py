@@ -14,9 +14,10 @@ from sqlalchemy import Column, Engine, Integer, MetaData, event, inspect, text
 from sqlalchemy.exc import OperationalError
 
 from service.errors import StoreError
-from service.store import Catalog, database, sqlite_url
+from service.store import Catalog, Scope, database, sqlite_url
 from service.store.database import alembic_config, database_url, migrate, open_engine, writing
 from service.store.schema import Base
+from tests.store.conftest import postgresql
 
 
 def differences(url: str, metadata: MetaData) -> list[object]:
@@ -159,3 +160,12 @@ def test_a_connection_that_can_only_read_is_not_kept(tmp_path: Path) -> None:
 def write_nothing(engine: Engine) -> None:
     with writing(engine).begin() as connection:
         connection.execute(text("DELETE FROM models WHERE 1 = 0"))
+
+
+def test_text_is_text_whatever_a_servers_locale() -> None:
+    bare = "TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'"
+    with postgresql(bare) as url:
+        catalog = Catalog(url)
+        catalog.keys.create("ключ", [Scope.READ])
+        assert [key.name for key in catalog.keys.all()] == ["ключ"]
+        catalog.close()
