@@ -43,9 +43,9 @@ class Batcher:
 
     Rows enter on the loop, batches are assembled and run on the device's threads, and answers are
     handed back with one call per batch and loop. The device is shared: after each turn the next one
-    queues behind whatever else was posted there, so models take turns. A batch that takes
-    little time runs on the loop instead (`BatchLimits.inline_seconds`), after the loop has looked
-    once for others who are there already.
+    queues behind whatever else was posted there, so models take turns. A batch that takes little
+    time runs on the loop instead (`BatchLimits.inline_seconds`), after the loop has looked once for
+    others who are there already.
     """
 
     def __init__(

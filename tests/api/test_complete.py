@@ -11,9 +11,10 @@ import contextlib
 import gc
 import json
 import re
+import socket
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +117,20 @@ class Listener:
             writer.close()
 
 
+class Slow:
+    """Work that takes longer than any client waits, and tells that it began and ended."""
+
+    def __init__(self) -> None:
+        self.began, self.ended = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self) -> None:
+        self.began.set()
+        try:
+            await asyncio.sleep(SECONDS)
+        finally:
+            self.ended.set()
+
+
 async def _answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
     async with asyncio.timeout(SECONDS):
         top = ["HTTP/1.1 100 Continue"]
@@ -126,10 +141,8 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], by
     return int(top[0].split()[1]), fields, body
 
 
-def post(name: str, body: bytes = b"abc", extra: str = "", version: str = "1.1") -> bytes:
-    head = (
-        f"POST /v1/{name} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
-    )
+def post(name: str, body: bytes = b"abc", extra: str = "") -> bytes:
+    head = f"POST /v1/{name} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
     return head.encode() + body
 
 
@@ -271,22 +284,13 @@ def test_who_leaves_with_another_request_behind_is_no_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(listener: Listener) -> None:
-        began, ended = asyncio.Event(), asyncio.Event()
-
-        async def slow() -> None:
-            began.set()
-            try:
-                await asyncio.sleep(SECONDS)
-            finally:
-                ended.set()
-
-        listener.app.state.slow = slow
+        slow = listener.app.state.slow = Slow()
         _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
         writer.write(post("slow") + post("plain"))
-        await asyncio.wait_for(began.wait(), SECONDS)
+        await asyncio.wait_for(slow.began.wait(), SECONDS)
         (connection,) = listener.state.connections
         connection.transport.abort()  # nothing is read meanwhile: an end would not be noticed
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(slow.ended.wait(), 5)
         await asyncio.sleep(0.05)
         writer.close()
 
@@ -296,25 +300,16 @@ def test_who_leaves_with_another_request_behind_is_no_error(
 
 def test_a_client_that_leaves_gives_up_its_place(tmp_path: Path) -> None:
     async def scenario(listener: Listener) -> None:
-        began, ended = asyncio.Event(), asyncio.Event()
-
-        async def slow() -> None:
-            began.set()
-            try:
-                await asyncio.sleep(SECONDS)
-            finally:
-                ended.set()
-
-        listener.app.state.slow = slow
+        slow = listener.app.state.slow = Slow()
         for pieces in ([post("slow")], apart(post("slow"))):
-            began.clear(), ended.clear()
+            slow.began.clear(), slow.ended.clear()
             _, writer = await asyncio.open_connection("127.0.0.1", listener.port)
             for piece in pieces:
                 writer.write(piece)
                 await asyncio.sleep(0.05)
-            await asyncio.wait_for(began.wait(), SECONDS)
+            await asyncio.wait_for(slow.began.wait(), SECONDS)
             writer.close()
-            await asyncio.wait_for(ended.wait(), 5)
+            await asyncio.wait_for(slow.ended.wait(), 5)
         await asyncio.sleep(0.05)
 
     listener = run(tmp_path, scenario)
@@ -422,6 +417,12 @@ def test_a_service_that_drains_says_so_both_ways(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def _send(connection: socket.socket, pieces: Sequence[bytes]) -> None:
+    for number, piece in enumerate(pieces):
+        time.sleep(0.05 * number)
+        connection.sendall(piece)
+
+
 @pytest.mark.parametrize("key", ["", "reader", "predictor"])
 def test_keys_are_asked_for_both_ways(
     guarded: tuple[RunningServer, dict[str, str]], key: str
@@ -432,9 +433,7 @@ def test_keys_are_asked_for_both_ways(
     wanted = {"": (401, "unauthorized"), "reader": (403, "forbidden")}
     for pieces in ([request], apart(request)):
         with connected(server.url) as connection:
-            for number, piece in enumerate(pieces):
-                time.sleep(0.05 * number)
-                connection.sendall(piece)
+            _send(connection, pieces)
             status, _, body = answer(connection)
             assert (status, body["code"]) == wanted.get(key, (404, "model_not_found"))
 
@@ -461,9 +460,7 @@ def test_predictions_are_the_same_both_ways(server: RunningServer, model: str) -
         found = []
         for pieces in ([request], apart(request)):
             with connected(server.url) as connection:
-                for number, piece in enumerate(pieces):
-                    time.sleep(0.05 * number)
-                    connection.sendall(piece)
+                _send(connection, pieces)
                 status, fields, body = answer(connection)
                 assert status == 200, body
                 assert not {"date", "x-request-id"} - fields.keys()
