@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -17,10 +18,17 @@ from service.api.state import of
 from service.errors import BadInput, RequestStalled, UploadTooLarge
 from service.relay.back import BODY_VIEWS
 
+_KNOWN_TYPES = 256
+
 
 def media_type(request: Request) -> str:
     """The body's media type in lower case without parameters; empty when none is given."""
-    return request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
+    return _media_type(request.headers.get("content-type", ""))
+
+
+@lru_cache(_KNOWN_TYPES)
+def _media_type(value: str) -> str:
+    return value.split(";", 1)[0].strip().lower()
 
 
 def declared_length(request: Request) -> int | None:

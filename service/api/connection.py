@@ -109,7 +109,7 @@ class Connection(Exchange):
 
     def data_received(self, data: bytes) -> None:
         """Parse, then bound what no callback of the parser sees: endless headers, idle clients."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self.repeats(data):
             return
         self._unheard_bytes += len(data)
         super().data_received(data)

@@ -13,13 +13,16 @@ import time
 from typing import Any
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn._types import HTTPScope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.api.complete import BEGAN, Complete, Shortcut
-from service.api.whole import answering_whole, write
+from service.api.complete import BEGAN, Complete, InMessages, Shortcut
+from service.api.known import MadeResponse
+from service.api.repeated import Repeated
+from service.api.whole import answering_whole, write, write_lines
 
 _HOLD_SECONDS = 0.02
 """How long the application may be told later of a head whose small body is not here yet."""
@@ -37,12 +40,15 @@ class Exchange(HttpToolsProtocol):
         self._hold_timer: asyncio.TimerHandle | None = None
         self._served: RequestResponseCycle | None = None
         self._complete: Complete | None = None
+        self._before: Repeated | None = None
+        self._in_message = False
         self._idle_since: float | None = None
 
     # ---- in -----------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Parse, and begin what has come; a head whose body is not here yet may be held."""
+        began_anew = self._between
         self._reading = True
         super().data_received(data)
         self._reading = False
@@ -50,10 +56,39 @@ class Exchange(HttpToolsProtocol):
             self._held = None
         elif self._held is not None:
             self._wait_for_rest(self._held)
+        elif began_anew and self._complete is not None and not self._in_message:
+            self._before = Repeated.of(data, self._complete)
+
+    def repeats(self, data: bytes) -> bool:
+        """Begin a request that repeats the head of the one before; False if `data` is none."""
+        if self._before is None or not self._between:
+            return False
+        content = self._before.body_of(data)
+        if content is None:
+            return False
+        self._idle_since = None
+        scope: Any = self._before.scope_in(self.app_state.copy())
+        self.cycle = RequestResponseCycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=True,
+            on_response=self.on_response_complete,
+        )
+        self.cycle.more_body = False
+        receive: Any = self.cycle.receive
+        self._serve(self.cycle, Complete(scope, receive, content, self._before.head))
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget what is held, and tell a complete request under way that its client left."""
-        self._held = None
+        self._held = self._before = None
         for timer in (self._hold_timer, self.timeout_keep_alive_task):
             if timer is not None:
                 timer.cancel()
@@ -64,8 +99,14 @@ class Exchange(HttpToolsProtocol):
         if self._complete is not None:
             self._complete.departure.tell()
 
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._in_message = True
+        super().on_message_begin()
+
     def on_message_complete(self) -> None:
         """The body is whole: a request that was held is complete."""
+        self._in_message = False
         super().on_message_complete()
         if self._held is not None:
             self._answer_complete()
@@ -117,7 +158,6 @@ class Exchange(HttpToolsProtocol):
 
     def _answer_complete(self) -> None:
         """What is held is here as a whole."""
-        assert self._shortcut is not None
         cycle = self._taken_from_hold()
         content, cycle.body = cycle.body, bytearray()
         cycle.message_event.clear()
@@ -125,10 +165,20 @@ class Exchange(HttpToolsProtocol):
         scope: Any = cycle.scope
         scope["app"] = self.config.app
         receive: Any = cycle.receive
-        request = Complete(scope, receive, content)
+        self._serve(cycle, Complete(scope, receive, content))
+
+    def _serve(self, cycle: RequestResponseCycle, request: Complete) -> None:
+        assert self._shortcut is not None
         self._served, self._complete = cycle, request
         app: Any = _answering(self._shortcut, request, cycle)
         super()._start_asgi_task(cycle, app)
+
+    @property
+    def _between(self) -> bool:
+        """Whether all that came is answered, and more may come: a new request's first byte."""
+        if self._in_message:
+            return False
+        return self.cycle is None or (self.cycle.response_complete and self.cycle.keep_alive)
 
     # ---- out ----------------------------------------------------------------------------
 
@@ -183,9 +233,16 @@ def _answering(shortcut: Shortcut, request: Complete, cycle: RequestResponseCycl
             response = await shortcut.answer(request)
         except ClientDisconnect:
             return
-        if response.background is not None or not write(
-            cycle, response.status_code, response.raw_headers, response.body
-        ):
+        if not _written(cycle, response):
             await response(scope, receive, send)
 
     return serve
+
+
+def _written(cycle: RequestResponseCycle, response: Response) -> bool:
+    """Whether the response could be sent in one piece."""
+    if response.background is not None or isinstance(response, InMessages):
+        return False
+    if isinstance(response, MadeResponse):
+        return write_lines(cycle, response.status_code, response.lines, response.body)
+    return write(cycle, response.status_code, response.raw_headers, response.body)

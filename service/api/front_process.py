@@ -26,6 +26,7 @@ import uvicorn
 from service.api.connection import ConnectionLimits, limited
 from service.api.draining import DrainingServer
 from service.api.logs import configure
+from service.api.relayed import Passing
 from service.relay import memory, wire
 from service.relay.front import Aborted, Front
 from service.settings import Settings
@@ -166,7 +167,7 @@ def main(text: str) -> None:
         server.should_exit = True
 
     front = Front(shared, drain, _end_at_once)
-    config = uvicorn_config(front, settings, count)
+    config = uvicorn_config(Passing(front), settings, count)
     config.lifespan = "off"
     server = _FrontServer(config, front, link, is_ahead)
     server.run(sockets=[listening])

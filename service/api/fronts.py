@@ -19,6 +19,7 @@ from typing import Any, Final
 import structlog
 
 from service.api.front_process import SETTINGS
+from service.api.relayed import Relayed
 from service.relay import memory
 from service.relay.back import Back
 from service.settings import PREFIX, Settings
@@ -140,7 +141,8 @@ class Fronts:
             there.close()
             os.close(shared)
         lost = asyncio.Event()
-        back = Back(self._app, readable, self._tasks, ready.set, lost.set)
+        answerer = Relayed(self._app)
+        back = Back(self._app, readable, self._tasks, ready.set, lost.set, answerer)
         await asyncio.get_running_loop().create_unix_connection(lambda: back, sock=here)
         return _Process(popen, back, lost)
 

@@ -38,9 +38,6 @@ from service.store import KeyRecord
 from service.store import Scope as KeyScope
 
 COOKIE = "foldserve_key"
-_WANTED = frozenset(
-    {b"host", b"origin", b"sec-fetch-site", b"authorization", b"x-api-key", b"cookie", b"accept"}
-)
 _CORS_REQUEST_HEADERS = (
     "accept",
     "authorization",
@@ -107,34 +104,45 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._refuse(scope)
+        refusal = self._refuse(scope, dict(scope["headers"]), known=False)
         await (self._app if refusal is None else refusal)(scope, receive, send)
 
     async def answer(self, request: Complete) -> Response:
         """See `complete.Layer`."""
-        refusal = self._refuse(request.scope)
-        return await self._app.answer(request) if refusal is None else refusal
+        head = request.head
+        refusal = self._refuse(request.scope, head.fields, known=head.note is self)
+        if refusal is not None:
+            return refusal
+        head.note = self
+        return await self._app.answer(request)
 
-    def _refuse(self, scope: Scope) -> Response | None:
-        """Note who asks in the request's state; the refusal of who may not."""
-        head = {name: value for name, value in scope["headers"] if name in _WANTED}
+    def _refuse(self, scope: Scope, head: dict[bytes, bytes], *, known: bool) -> Response | None:
+        """Note who asks in the request's state; the refusal of who may not.
+
+        A head that is `known` to be harmless is not looked at again, only who sends it.
+        """
         try:
+            if not known:
+                self._check(scope, head)
             scope.setdefault("state", {})["caller"] = self._admit(scope, head)
         except FoldserveError as error:
             return _refusal(error, scope, head)
         return None
 
-    def _admit(self, scope: Scope, head: dict[bytes, bytes]) -> Caller:
-        """The caller. Raises what the request is refused with."""
-        path, method = scope["path"], scope["method"]
+    def _check(self, scope: Scope, head: dict[bytes, bytes]) -> None:
+        """Raises what a request with this head is refused with, whoever sends it and when."""
         length = len(scope["raw_path"]) + len(scope["query_string"])
         if length > self._max_url:
             raise UrlTooLong(f"Path and query have {length} bytes, of at most {self._max_url}.")
         host = head.get(b"host", b"").decode("latin-1")
         if self._check_host:
             check_host(host, self._names)
-        if method not in _SAFE:
+        if scope["method"] not in _SAFE:
             check_origin(host, head.get(b"origin"), head.get(b"sec-fetch-site"), self._origins)
+
+    def _admit(self, scope: Scope, head: dict[bytes, bytes]) -> Caller:
+        """The caller. Raises what the request is refused with."""
+        path, method = scope["path"], scope["method"]
         wanted = access.needed(method, path)
         client = (scope.get("client") or ("",))[0]
         return admit(head, wanted, f"{method} {path}", client, self._keyring, self._rate)

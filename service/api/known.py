@@ -42,3 +42,19 @@ def _alike(media_type: str, headers: Headers) -> tuple[tuple[bytes, bytes], ...]
 
 def _encoded(header: tuple[str, str]) -> tuple[bytes, bytes]:
     return header[0].lower().encode("latin-1"), header[1].encode("latin-1")
+
+
+class MadeResponse(Response):
+    """A whole response whose headers are the `lines` already that are sent."""
+
+    def __init__(self, status: int, lines: bytes, content: bytes) -> None:
+        self.status_code = status
+        self.background = None
+        self.body = content
+        self.lines = lines
+
+    @property
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:  # type: ignore[override]
+        """The headers one by one, for where lines are of no use."""
+        fields = (line.partition(b": ") for line in self.lines.split(b"\r\n")[:-1])
+        return [(name, value) for name, _, value in fields]

@@ -90,28 +90,50 @@ def write(
     False where it was left alone. Afterwards the connection is as uvicorn leaves it at the end of
     an answer after which it stays open.
     """
-    if (
+    if not _takes_whole(cycle):
+        return False
+    made = lines(headers, body)
+    return made is not None and write_lines(cycle, status, made, body)
+
+
+def write_lines(
+    cycle: RequestResponseCycle, status: int, made: bytes, body: bytes | memoryview
+) -> bool:
+    """`write`, with the headers' `lines`."""
+    if not _takes_whole(cycle):
+        return False
+    always = lines(cycle.default_headers, b"")
+    if always is None:
+        return False
+    cycle.response_started = cycle.response_complete = True
+    cycle.waiting_for_100_continue = False
+    cycle.transport.write(b"".join((STATUS_LINE[status], always, made, b"\r\n", body)))
+    cycle.message_event.set()
+    cycle.on_response()
+    return True
+
+
+def _takes_whole(cycle: RequestResponseCycle) -> bool:
+    return not (
         not cycle.keep_alive
         or cycle.response_started
         or cycle.disconnected
         or cycle.flow.write_paused
-        or len(body) > _MOST_COPIED_BYTES
         or cycle.scope["method"] == "HEAD"
-    ):
-        return False
-    lines = [STATUS_LINE[status]]
-    for header in (*cycle.default_headers, *headers):
+    )
+
+
+def lines(headers: Iterable[tuple[bytes, bytes]], body: bytes | memoryview) -> bytes | None:
+    """The headers of an answer with that body as they are sent; None where uvicorn has to judge."""
+    if len(body) > _MOST_COPIED_BYTES:
+        return None
+    made = []
+    for header in headers:
         line = _made(header) if header[0] == REQUEST_ID else _line(header)
         if line is None or (header[0] == b"content-length" and header[1] != b"%d" % len(body)):
-            return False
-        lines.append(line)
-    lines.append(b"\r\n")
-    cycle.response_started = cycle.response_complete = True
-    cycle.waiting_for_100_continue = False
-    cycle.transport.write(b"".join((*lines, body)))
-    cycle.message_event.set()
-    cycle.on_response()
-    return True
+            return None
+        made.append(line)
+    return b"".join(made)
 
 
 def _made(header: tuple[bytes, bytes]) -> bytes | None:

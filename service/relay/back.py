@@ -7,9 +7,9 @@ import logging
 import mmap
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 
@@ -27,13 +27,38 @@ _OF_A_REQUEST: Final = frozenset({wire.DATA, wire.DATA_END, wire.GONE, wire.TAKE
 
 log = logging.getLogger(__name__)
 
+ASGIApp: TypeAlias = "Callable[[Any, Any, Any], Awaitable[None]]"
+
+
+class Whole(Protocol):
+    """A request that is here as a whole."""
+
+    async def answer(self) -> tuple[int, bytes, bytes] | ASGIApp | None:
+        """Status, the lines of the headers and the body, or what sends it in messages.
+
+        None if the client left first.
+        """
+
+    def leave(self) -> None:
+        """Its client has left: no answer is wanted any more."""
+
+
+class Answerer(Protocol):
+    """How an application answers requests that are here as a whole."""
+
+    def know(self, scope: dict[str, Any]) -> Any:
+        """What it wants to know of a head; None if requests with it are to come in messages."""
+
+    def whole(self, known: Any, body: bytearray) -> Whole:
+        """A request with such a head."""
+
 
 class Back(Link):
     """See the module.
 
-    `memory` is what the front writes to. The tasks of running requests are in `tasks`. `ready` is
-    called when the front serves, `lost` when it is gone: by then its requests know that their
-    clients left.
+    `answerer` is asked about whole requests, if there is one. `memory` is what the front writes
+    to. The tasks of running requests are in `tasks`. `ready` is called when the front serves,
+    `lost` when it is gone: by then its requests know that their clients left.
     """
 
     def __init__(
@@ -43,14 +68,18 @@ class Back(Link):
         tasks: set[asyncio.Task[None]],
         ready: Callable[[], None],
         lost: Callable[[], None],
+        answerer: Answerer | None = None,
     ) -> None:
         super().__init__()
         self._app = app
+        self._answerer = answerer
         self._memory = memory
         self._tasks = tasks
         self._ready, self._lost = ready, lost
         self._loop = asyncio.get_running_loop()
         self._open: dict[int, _Exchange] = {}
+        self._whole: dict[int, Whole] = {}
+        self._heads: dict[int, tuple[dict[str, Any], Any]] = {}
 
     def drain(self) -> None:
         """Let the front end once it has answered."""
@@ -64,6 +93,17 @@ class Back(Link):
         if kind == wire.OPEN:
             self._begin(number, wire.unpack_scope(payload))
             return
+        if kind == wire.WHOLE:
+            self._begin_whole(number, payload)
+            return
+        if kind == wire.HEAD:
+            scope = wire.unpack_scope(payload)
+            known = None if self._answerer is None else self._answerer.know(scope)
+            self._heads[number] = scope, known
+            return
+        if kind == wire.FORGET:
+            del self._heads[number]
+            return
         exchange = self._open.get(number)
         if kind == wire.PLACED:
             block, first, size, more = wire.PLACE.unpack(payload)
@@ -72,6 +112,8 @@ class Back(Link):
                 exchange.arrive(view, more)
         elif kind not in _OF_A_REQUEST:
             raise ValueError(f"a frame of the kind {kind}")
+        elif kind == wire.GONE and number in self._whole:
+            self._whole[number].leave()
         elif exchange is None:
             pass  # the application has ended
         elif kind in (wire.DATA, wire.DATA_END):
@@ -85,17 +127,50 @@ class Back(Link):
         """The front is gone: open requests see that their clients left, then `lost` is called."""
         for exchange in self._open.values():
             exchange.leave()
+        for whole in self._whole.values():
+            whole.leave()
         self._lost()
 
-    def _begin(self, number: int, scope: dict[str, Any]) -> None:
+    def _begin(self, number: int, scope: dict[str, Any]) -> _Exchange:
         exchange = self._open[number] = _Exchange(self, number, scope)
-        task = self._loop.create_task(self._run(number, exchange))
+        self._spawn(self._run(number, self._app, exchange))
+        return exchange
+
+    def _begin_whole(self, number: int, payload: bytes) -> None:
+        scope, known = self._heads[wire.COUNT.unpack_from(payload)[0]]
+        body = memoryview(payload)[wire.COUNT.size :]
+        if known is None:
+            self._begin(number, scope).arrive(bytes(body), more=False)
+            return
+        assert self._answerer is not None
+        whole = self._whole[number] = self._answerer.whole(known, bytearray(body))
+        self._spawn(self._answer(number, whole, scope))
+
+    def _spawn(self, running: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(running)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, number: int, exchange: _Exchange) -> None:
+    async def _answer(self, number: int, whole: Whole, scope: dict[str, Any]) -> None:
+        """Answer a whole request, in one frame if that can be."""
         try:
-            await self._app(exchange.scope, exchange.receive, exchange.send)
+            answer = await whole.answer()
+        except Exception:
+            log.exception("Exception in ASGI application")
+            self.write(wire.ABORT, number)
+            return
+        finally:
+            del self._whole[number]
+        if isinstance(answer, tuple):
+            status, lines, body = answer
+            self.write(wire.ANSWER, number, wire.ANSWERED.pack(status, len(lines)), lines, body)
+        elif answer is not None:
+            exchange = self._open[number] = _Exchange(self, number, scope)
+            await self._run(number, answer, exchange)
+
+    async def _run(self, number: int, app: ASGIApp, exchange: _Exchange) -> None:
+        try:
+            await app(exchange.scope, exchange.receive, exchange.send)
         except Exception:
             log.exception("Exception in ASGI application")
         finally:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from service.relay import wire
 from service.relay.memory import Blocks
@@ -20,6 +21,10 @@ _ACKNOWLEDGED_BYTES: Final = 1 << 18
 _GATHER_SECONDS: Final = 0.25
 """A body that takes longer is passed on as far as it is, so that its pace can be judged."""
 _LEFT: Final = -1
+
+
+Stream: TypeAlias = "Callable[[Any], Awaitable[None]]"
+"""Given ASGI's `send`, sends an answer on as it comes. Raises Aborted."""
 
 
 class Aborted(Exception):
@@ -49,6 +54,14 @@ class _Exchange:
             await self._room.wait()
 
 
+class Answer(NamedTuple):
+    """An answer as a whole; `lines` are those of its headers, as they are sent."""
+
+    status: int
+    lines: bytes
+    body: bytes
+
+
 class Front(Link):
     """An ASGI application, and the front's end of the link; see the package.
 
@@ -66,6 +79,37 @@ class Front(Link):
         self._drain, self._lost = drain, lost
         self._numbers = count(1)
         self._open: dict[int, _Exchange] = {}
+        self._asked: dict[int, asyncio.Future[Answer | Stream]] = {}
+
+    # ---- whole requests -------------------------------------------------------------------
+
+    def introduce(self, scope: Any) -> int:
+        """Tell of a head that requests are going to begin with; its number, for `ask`."""
+        number = next(self._numbers)
+        self.write(wire.HEAD, number, wire.pack_scope(scope))
+        return number
+
+    def forget(self, head: int) -> None:
+        """No request will begin with that head any more."""
+        self.write(wire.FORGET, head)
+
+    async def ask(self, head: int, body: bytearray) -> Answer | Stream:
+        """Have a request answered that is here as a whole, with a body of at most 512 KiB.
+
+        Cancelling it is the client's departure. Raises Aborted if its application failed.
+        """
+        number = next(self._numbers)
+        asked: asyncio.Future[Answer | Stream] = asyncio.get_running_loop().create_future()
+        self._asked[number] = asked
+        self.write(wire.WHOLE, number, wire.COUNT.pack(head), body)
+        try:
+            return await asked
+        except asyncio.CancelledError:
+            self.write(wire.GONE, number)
+            self._open.pop(number, None)  # the answer had just begun
+            raise
+        finally:
+            del self._asked[number]
 
     # ---- the application ------------------------------------------------------------------
 
@@ -75,9 +119,15 @@ class Front(Link):
         self._open[number] = exchange
         forwarding = asyncio.ensure_future(self._forward(number, exchange, scope, receive))
         try:
-            await self._answer(number, exchange, send)
+            await self._stream(number, exchange, send)
         finally:
             forwarding.cancel()
+
+    async def _stream(self, number: int, exchange: _Exchange, send: Any) -> None:
+        """Send on what comes, to the end. Raises Aborted."""
+        try:
+            await self._answer(number, exchange, send)
+        finally:
             del self._open[number]
             if not exchange.ended:
                 self.write(wire.GONE, number)
@@ -210,6 +260,8 @@ class Front(Link):
             self._release(wire.COUNT.unpack(payload)[0])
         elif kind == wire.DRAIN:
             self._drain()
+        elif (asked := self._asked.get(number)) is not None and not asked.done():
+            self._answered(asked, kind, number, payload)
         elif (exchange := self._open.get(number)) is None:
             pass  # over for the client, and the application has yet to hear of it
         elif kind == wire.PULL:
@@ -218,6 +270,21 @@ class Front(Link):
             exchange.consumed(wire.COUNT.unpack(payload)[0])
         else:
             exchange.arrived.put_nowait((kind, payload))
+
+    def _answered(
+        self, asked: asyncio.Future[Answer | Stream], kind: int, number: int, payload: bytes
+    ) -> None:
+        """The first that comes for a whole request: all of its answer, or the head of it."""
+        if kind == wire.ANSWER:
+            status, size = wire.ANSWERED.unpack_from(payload)
+            body = wire.ANSWERED.size + size
+            asked.set_result(Answer(status, payload[wire.ANSWERED.size : body], payload[body:]))
+        elif kind == wire.ABORT:
+            asked.set_exception(Aborted())
+        else:
+            exchange = self._open[number] = _Exchange()
+            exchange.arrived.put_nowait((kind, payload))
+            asked.set_result(partial(self._stream, number, exchange))
 
     def connection_lost(self, error: Exception | None) -> None:
         """The back is gone, in order or by accident: `lost` is called."""

@@ -26,6 +26,12 @@ GONE: Final = 5
 """Front: the client has left, or takes no more of the answer."""
 TAKEN: Final = 6
 """Front: so many bytes of the answer were sent on (`COUNT`)."""
+HEAD: Final = 8
+"""Front: a head that requests may begin with; its scope. The number is the head's own."""
+FORGET: Final = 9
+"""Front: no request will begin with that head any more."""
+WHOLE: Final = 7
+"""Front: a request that is here as a whole: the number of its head (`COUNT`), and its body."""
 DRAIN: Final = 10
 """Back: take no new connection, answer those that are there, end."""
 PULL: Final = 11
@@ -43,13 +49,18 @@ END: Final = 16
 ABORT: Final = 17
 """Back: the application failed before the answer was complete."""
 
+ANSWER: Final = 18
+"""Back: an answer as a whole (`ANSWERED`): what stands before its body, as it is sent, and that."""
+
 COUNT: Final = struct.Struct("<Q")
 PLACE: Final = struct.Struct("<QQQ?")  # block, first byte, bytes, whether more of the body follows
+ANSWERED: Final = struct.Struct("<HI")  # status, bytes of the lines of its headers
 PIECE_BYTES: Final = 1 << 18
 """Largest body in one frame."""
 
 _HEAD: Final = struct.Struct("<BQI")
 _LARGEST: Final = 1 << 20
+_JOINED_BYTES: Final = 1 << 16  # larger payloads are handed over in parts instead of copied
 _TEXT: Final = "latin-1"
 
 
@@ -79,12 +90,15 @@ class Link(asyncio.Protocol):
             self.received(kind, number, data[begin:at])
         self._rest = data[at:]
 
-    def write(self, kind: int, number: int, payload: bytes | memoryview = b"") -> None:
-        """Send a frame; into nothing when the other side is gone."""
+    def write(self, kind: int, number: int, *payload: bytes | bytearray | memoryview) -> None:
+        """Send a frame, its payload in parts; into nothing when the other side is gone."""
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(_HEAD.pack(kind, number, len(payload)))
-            if payload:
-                self._transport.write(payload)
+            size = sum(map(len, payload))
+            head = _HEAD.pack(kind, number, size)
+            if size <= _JOINED_BYTES:
+                self._transport.write(b"".join((head, *payload)))
+            else:
+                self._transport.writelines((head, *payload))
 
     def received(self, kind: int, number: int, payload: bytes) -> None:
         """A frame has come. Raises ValueError or struct.error for one that makes no sense."""
