@@ -28,13 +28,15 @@ class Head:
     `fields` has each header's value, the last one of those that come more than once.
     """
 
-    __slots__ = ("__weakref__", "fields", "headers", "note")
+    __slots__ = ("__weakref__", "checked_by", "fields", "headers", "number")
 
     def __init__(self, raw: list[tuple[bytes, bytes]]) -> None:
         self.fields = dict(raw)
         self.headers = _Headers(raw)
-        self.note: Any = None
-        """What whoever looks at it first wants to find again: the guard, or the link's front."""
+        self.checked_by: object = None
+        """The guard that found nothing against it, but for who asks and how often."""
+        self.number: int | None = None
+        """By which the device process knows it, if this is an HTTP process."""
 
 
 class _Headers(Headers):
@@ -98,7 +100,7 @@ class Layer(Protocol):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve any request."""
 
-    async def answer(self, request: Complete) -> Response:
+    def answer(self, request: Complete) -> Awaitable[Response]:
         """The whole response, no stream. Raises starlette's ClientDisconnect alone."""
 
 

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 
 from service.api import problems
-from service.api.exchange import Exchange
+from service.api.repetition import Repetition
 from service.api.security_headers import SECURITY_HEADERS
 from service.errors import FoldserveError, HeadTooLarge, RequestStalled
 from service.settings import Settings
@@ -62,7 +62,7 @@ def limited(limits: ConnectionLimits, count: Callable[[int], int] = int) -> type
     return type("Connection", (Connection,), {"limits": limits, "count": staticmethod(count)})
 
 
-class Connection(Exchange):
+class Connection(Repetition):
     """HTTP/1.1 with limits; see the module."""
 
     limits: ClassVar[ConnectionLimits]

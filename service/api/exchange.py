@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn._types import HTTPScope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.complete import BEGAN, Complete, InMessages, Shortcut
 from service.api.known import MadeResponse
-from service.api.repeated import Repeated
 from service.api.whole import answering_whole, write, write_lines
 
-_HOLD_SECONDS = 0.02
+HOLD_SECONDS = 0.02
 """How long the application may be told later of a head whose small body is not here yet."""
 _FORWARDED = b"x-forwarded-"
 
@@ -40,15 +39,12 @@ class Exchange(HttpToolsProtocol):
         self._hold_timer: asyncio.TimerHandle | None = None
         self._served: RequestResponseCycle | None = None
         self._complete: Complete | None = None
-        self._before: Repeated | None = None
-        self._in_message = False
         self._idle_since: float | None = None
 
     # ---- in -----------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Parse, and begin what has come; a head whose body is not here yet may be held."""
-        began_anew = self._between
         self._reading = True
         super().data_received(data)
         self._reading = False
@@ -56,39 +52,10 @@ class Exchange(HttpToolsProtocol):
             self._held = None
         elif self._held is not None:
             self._wait_for_rest(self._held)
-        elif began_anew and self._complete is not None and not self._in_message:
-            self._before = Repeated.of(data, self._complete)
-
-    def repeats(self, data: bytes) -> bool:
-        """Begin a request that repeats the head of the one before; False if `data` is none."""
-        if self._before is None or not self._between:
-            return False
-        content = self._before.body_of(data)
-        if content is None:
-            return False
-        self._idle_since = None
-        scope: Any = self._before.scope_in(self.app_state.copy())
-        self.cycle = RequestResponseCycle(
-            scope=scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=self.access_log,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=False,
-            keep_alive=True,
-            on_response=self.on_response_complete,
-        )
-        self.cycle.more_body = False
-        receive: Any = self.cycle.receive
-        self._serve(self.cycle, Complete(scope, receive, content, self._before.head))
-        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget what is held, and tell a complete request under way that its client left."""
-        self._held = self._before = None
+        self._held = None
         for timer in (self._hold_timer, self.timeout_keep_alive_task):
             if timer is not None:
                 timer.cancel()
@@ -99,14 +66,8 @@ class Exchange(HttpToolsProtocol):
         if self._complete is not None:
             self._complete.departure.tell()
 
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        self._in_message = True
-        super().on_message_begin()
-
     def on_message_complete(self) -> None:
         """The body is whole: a request that was held is complete."""
-        self._in_message = False
         super().on_message_complete()
         if self._held is not None:
             self._answer_complete()
@@ -138,7 +99,7 @@ class Exchange(HttpToolsProtocol):
         cycle.scope["state"][BEGAN] = time.perf_counter()
         length = dict(cycle.scope["headers"]).get(b"content-length", b"")
         if len(length) < 8 and length.isdigit() and int(length) <= HIGH_WATER_LIMIT:
-            self._hold_timer = self.loop.call_later(_HOLD_SECONDS, self._begin_held)
+            self._hold_timer = self.loop.call_later(HOLD_SECONDS, self._begin_held)
         else:  # uvicorn would read no further before the application does
             self._begin_held()
 
@@ -168,17 +129,25 @@ class Exchange(HttpToolsProtocol):
         self._serve(cycle, Complete(scope, receive, content))
 
     def _serve(self, cycle: RequestResponseCycle, request: Complete) -> None:
-        assert self._shortcut is not None
         self._served, self._complete = cycle, request
-        app: Any = _answering(self._shortcut, request, cycle)
-        super()._start_asgi_task(cycle, app)
+        task = self.loop.create_task(self._answer_whole(cycle, request))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
-    @property
-    def _between(self) -> bool:
-        """Whether all that came is answered, and more may come: a new request's first byte."""
-        if self._in_message:
-            return False
-        return self.cycle is None or (self.cycle.response_complete and self.cycle.keep_alive)
+    async def _answer_whole(self, cycle: RequestResponseCycle, request: Complete) -> None:
+        """Send the answer in one piece; as an application's, if it is not or nobody made one."""
+        assert self._shortcut is not None
+        app: Any
+        try:
+            app = response = await self._shortcut.answer(request)
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            app = partial(_raise, error)
+        else:
+            if _written(cycle, response):
+                return
+        await cycle.run_asgi(app)
 
     # ---- out ----------------------------------------------------------------------------
 
@@ -225,18 +194,8 @@ class Exchange(HttpToolsProtocol):
             self.timeout_keep_alive_handler()
 
 
-def _answering(shortcut: Shortcut, request: Complete, cycle: RequestResponseCycle) -> ASGIApp:
-    """An ASGI application for one complete request."""
-
-    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            response = await shortcut.answer(request)
-        except ClientDisconnect:
-            return
-        if not _written(cycle, response):
-            await response(scope, receive, send)
-
-    return serve
+async def _raise(error: Exception, *_: object) -> None:
+    raise error
 
 
 def _written(cycle: RequestResponseCycle, response: Response) -> bool:

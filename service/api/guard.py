@@ -13,7 +13,7 @@ name as `Host`; an address or a name without a dot is not to be had by strangers
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import quote
@@ -107,14 +107,14 @@ class Guard:
         refusal = self._refuse(scope, dict(scope["headers"]), known=False)
         await (self._app if refusal is None else refusal)(scope, receive, send)
 
-    async def answer(self, request: Complete) -> Response:
+    def answer(self, request: Complete) -> Awaitable[Response]:
         """See `complete.Layer`."""
         head = request.head
-        refusal = self._refuse(request.scope, head.fields, known=head.note is self)
+        refusal = self._refuse(request.scope, head.fields, known=head.checked_by is self)
         if refusal is not None:
-            return refusal
-        head.note = self
-        return await self._app.answer(request)
+            return _done(refusal)
+        head.checked_by = self
+        return self._app.answer(request)
 
     def _refuse(self, scope: Scope, head: dict[bytes, bytes], *, known: bool) -> Response | None:
         """Note who asks in the request's state; the refusal of who may not.
@@ -146,6 +146,10 @@ class Guard:
         wanted = access.needed(method, path)
         client = (scope.get("client") or ("",))[0]
         return admit(head, wanted, f"{method} {path}", client, self._keyring, self._rate)
+
+
+async def _done(refusal: Response) -> Response:
+    return refusal
 
 
 def admit(

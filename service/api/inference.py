@@ -54,14 +54,18 @@ async def compute(
     return on, result
 
 
-async def unless_departed(request: Request, work: Coroutine[Any, Any, T]) -> T:
+def unless_departed(request: Request, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
     """The result of `work`; if the client leaves first, `work` is cancelled and gives up its place.
 
     Raises ClientDisconnect then. The connection tells of a complete request's departure. For
     another one it is watched for, which costs a task and so begins only when the answer is slow.
     """
     if isinstance(request, Complete):
-        return await _waited_for(work, request.departure)
+        return _waited_for(work, request.departure)
+    return _watched(request, work)
+
+
+async def _watched(request: Request, work: Coroutine[Any, Any, T]) -> T:
     departure = Departure()
     watch = _DepartureWatch(request, departure)
     timer = asyncio.get_running_loop().call_later(_PATIENCE_SECONDS, watch.begin)

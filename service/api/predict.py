@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Query
@@ -43,8 +42,7 @@ _QUICK_NPY_BYTES = 1 << 20
 _PARAMETERS = {"version", "form", "top_k", "timing"}
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """The query of a prediction, checked."""
 
     version: int | None
@@ -58,7 +56,9 @@ async def predict(request: Request) -> Response:
     service = of(request)
     name: str = request.path_params["name"]
     asked = _asked(request.query_params if request.scope["query_string"] else {}, service)
-    found = await find_hosted(service, name, asked.version)
+    found = service.host.hosted(name, asked.version) or await find_hosted(
+        service, name, asked.version
+    )
     if (full := found.full(asked.form)) is not None:
         return problems.error_response(full, request.scope["path"])
     rows = await _rows(request, service, found, asked.form)

@@ -35,11 +35,11 @@ class Passing:
     async def _answer(self, request: Complete) -> Response:
         """Pass a whole request on. Raises ClientDisconnect, and Aborted as `Front.ask` does."""
         head = request.head
-        if head.note is None:
-            head.note = self._front.introduce(request.scope)
-            weakref.finalize(head, self._front.forget, head.note).atexit = False
+        if head.number is None:
+            head.number = self._front.introduce(request.scope)
+            weakref.finalize(head, self._front.forget, head.number).atexit = False
         with request.departure:
-            answer = await self._front.ask(head.note, request.content)
+            answer = await self._front.ask(head.number, request.content)
         if isinstance(answer, Answer):
             return MadeResponse(*answer)
         return InMessages(answer)

@@ -211,9 +211,9 @@ def _read_head(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _check_shape(shape: Sequence[int], item_shape: Sequence[int]) -> None:
-    item = tuple(item_shape)
-    rows = tuple(shape[1:]) == item and len(shape) > 0 and shape[0] > 0
-    if not rows and tuple(shape) != item:
+    item, given = tuple(item_shape), tuple(shape)
+    rows = given[1:] == item and len(given) > 0 and given[0] > 0
+    if not rows and given != item:
         wanted = ", ".join(["N", *map(str, item)])
         raise BadInput(
             f"The input has shape {list(shape)[:16]}; the model takes [{wanted}] with N >= 1.",
@@ -225,7 +225,7 @@ def _check_shape(shape: Sequence[int], item_shape: Sequence[int]) -> None:
 def _batch(array: NDArray[Any], item_shape: Sequence[int]) -> Floats:
     """The array in float32 with its batch axis; one that is so already is not copied."""
     if array.dtype == np.float32 and array.flags.c_contiguous:
-        return array.reshape(-1, *item_shape)
+        return array if array.ndim > len(item_shape) else array[None]
     try:
         with np.errstate(over="raise"):
             rows = np.ascontiguousarray(array, dtype=np.float32)

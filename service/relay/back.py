@@ -93,9 +93,6 @@ class Back(Link):
         if kind == wire.OPEN:
             self._begin(number, wire.unpack_scope(payload))
             return
-        if kind == wire.WHOLE:
-            self._begin_whole(number, payload)
-            return
         if kind == wire.HEAD:
             scope = wire.unpack_scope(payload)
             known = None if self._answerer is None else self._answerer.know(scope)
@@ -136,9 +133,10 @@ class Back(Link):
         self._spawn(self._run(number, self._app, exchange))
         return exchange
 
-    def _begin_whole(self, number: int, payload: bytes) -> None:
+    def received_whole(self, number: int, payload: memoryview) -> None:
+        """Begin a request that is here as a whole. Raises KeyError for a head that is not known."""
         scope, known = self._heads[wire.COUNT.unpack_from(payload)[0]]
-        body = memoryview(payload)[wire.COUNT.size :]
+        body = payload[wire.COUNT.size :]
         if known is None:
             self._begin(number, scope).arrive(bytes(body), more=False)
             return
@@ -163,7 +161,9 @@ class Back(Link):
             del self._whole[number]
         if isinstance(answer, tuple):
             status, lines, body = answer
-            self.write(wire.ANSWER, number, wire.ANSWERED.pack(status, len(lines)), lines, body)
+            self.write_soon(
+                wire.ANSWER, number, wire.ANSWERED.pack(status, len(lines)), lines, body
+            )
         elif answer is not None:
             exchange = self._open[number] = _Exchange(self, number, scope)
             await self._run(number, answer, exchange)

@@ -101,7 +101,7 @@ class Front(Link):
         number = next(self._numbers)
         asked: asyncio.Future[Answer | Stream] = asyncio.get_running_loop().create_future()
         self._asked[number] = asked
-        self.write(wire.WHOLE, number, wire.COUNT.pack(head), body)
+        self.write_soon(wire.WHOLE, number, wire.COUNT.pack(head), body)
         try:
             return await asked
         except asyncio.CancelledError:

@@ -60,7 +60,6 @@ PIECE_BYTES: Final = 1 << 18
 
 _HEAD: Final = struct.Struct("<BQI")
 _LARGEST: Final = 1 << 20
-_JOINED_BYTES: Final = 1 << 16  # larger payloads are handed over in parts instead of copied
 _TEXT: Final = "latin-1"
 
 
@@ -70,6 +69,7 @@ class Link(asyncio.Protocol):
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._rest = b""
+        self._soon: list[bytes | bytearray] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """From now on frames are sent; those written before are lost."""
@@ -87,22 +87,39 @@ class Link(asyncio.Protocol):
             if begin + length > size:
                 break
             at = begin + length
-            self.received(kind, number, data[begin:at])
+            if kind == WHOLE:
+                self.received_whole(number, memoryview(data)[begin:at])
+            else:
+                self.received(kind, number, data[begin:at])
         self._rest = data[at:]
 
-    def write(self, kind: int, number: int, *payload: bytes | bytearray | memoryview) -> None:
-        """Send a frame, its payload in parts; into nothing when the other side is gone."""
+    def write(self, kind: int, number: int, payload: bytes | memoryview = b"") -> None:
+        """Send a frame; into nothing when the other side is gone."""
+        if self._soon:
+            self._flush()
         if self._transport is not None and not self._transport.is_closing():
-            size = sum(map(len, payload))
-            head = _HEAD.pack(kind, number, size)
-            if size <= _JOINED_BYTES:
-                self._transport.write(b"".join((head, *payload)))
-            else:
-                self._transport.writelines((head, *payload))
+            self._transport.write(_HEAD.pack(kind, number, len(payload)))
+            if payload:
+                self._transport.write(payload)
+
+    def write_soon(self, kind: int, number: int, *payload: bytes | bytearray) -> None:
+        """Send a small frame along with others of this turn of the loop; order is kept."""
+        if not self._soon:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._soon += (_HEAD.pack(kind, number, sum(map(len, payload))), *payload)
+
+    def _flush(self) -> None:
+        soon, self._soon = self._soon, []
+        if soon and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(soon))
 
     def received(self, kind: int, number: int, payload: bytes) -> None:
         """A frame has come. Raises ValueError or struct.error for one that makes no sense."""
         raise NotImplementedError
+
+    def received_whole(self, number: int, payload: memoryview) -> None:
+        """`received` for WHOLE, whose body is copied once: by whoever keeps it."""
+        raise ValueError("a whole request, where none is answered")
 
     def close(self) -> None:
         """End the link, whatever is under way."""

@@ -118,16 +118,24 @@ class Listener:
 
 
 class Slow:
-    """Work that takes longer than any client waits, and tells that it began and ended."""
+    """Work that takes longer than any client waits, and tells that it began and ended.
 
-    def __init__(self) -> None:
+    `most` is how often it was under way at the same time.
+    """
+
+    def __init__(self, seconds: float = SECONDS) -> None:
         self.began, self.ended = asyncio.Event(), asyncio.Event()
+        self._seconds = seconds
+        self._running = self.most = 0
 
     async def __call__(self) -> None:
+        self._running += 1
+        self.most = max(self.most, self._running)
         self.began.set()
         try:
-            await asyncio.sleep(SECONDS)
+            await asyncio.sleep(self._seconds)
         finally:
+            self._running -= 1
             self.ended.set()
 
 
@@ -240,7 +248,7 @@ def test_a_body_in_chunks_may_be_complete_too(tmp_path: Path) -> None:
 def test_a_small_body_may_come_right_behind_its_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float, complete: bool
 ) -> None:
-    monkeypatch.setattr(exchange, "_HOLD_SECONDS", patience)
+    monkeypatch.setattr(exchange, "HOLD_SECONDS", patience)
 
     async def scenario(listener: Listener) -> None:
         for size in (3, 40_000):
