@@ -109,7 +109,10 @@ class Connection(Repetition):
 
     def data_received(self, data: bytes) -> None:
         """Parse, then bound what no callback of the parser sees: endless headers, idle clients."""
-        if self.transport.is_closing() or self.repeats(data):
+        if self.transport.is_closing():
+            return
+        if self.repeats(data):
+            self._unheard_bytes = 0
             return
         self._unheard_bytes += len(data)
         super().data_received(data)

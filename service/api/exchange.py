@@ -142,7 +142,7 @@ class Exchange(HttpToolsProtocol):
             app = response = await self._shortcut.answer(request)
         except ClientDisconnect:
             return
-        except Exception as error:
+        except BaseException as error:  # also the end of the drain, as for any application
             app = partial(_raise, error)
         else:
             if _written(cycle, response):
@@ -194,7 +194,7 @@ class Exchange(HttpToolsProtocol):
             self.timeout_keep_alive_handler()
 
 
-async def _raise(error: Exception, *_: object) -> None:
+async def _raise(error: BaseException, *_: object) -> None:
     raise error
 
 

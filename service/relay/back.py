@@ -153,9 +153,11 @@ class Back(Link):
         """Answer a whole request, in one frame if that can be."""
         try:
             answer = await whole.answer()
-        except Exception:
-            log.exception("Exception in ASGI application")
+        except BaseException as error:
             self.write(wire.ABORT, number)
+            if not isinstance(error, Exception):  # the end of the drain
+                raise
+            log.exception("Exception in ASGI application")
             return
         finally:
             del self._whole[number]

@@ -274,14 +274,17 @@ class Front(Link):
     def _answered(
         self, asked: asyncio.Future[Answer | Stream], kind: int, number: int, payload: bytes
     ) -> None:
-        """The first that comes for a whole request: all of its answer, or the head of it."""
+        """The first of a whole request's answer: all of it, or its head.
+
+        What an application of messages says of the body before it, is of no use: it has all.
+        """
         if kind == wire.ANSWER:
             status, size = wire.ANSWERED.unpack_from(payload)
             body = wire.ANSWERED.size + size
             asked.set_result(Answer(status, payload[wire.ANSWERED.size : body], payload[body:]))
         elif kind == wire.ABORT:
             asked.set_exception(Aborted())
-        else:
+        elif kind == wire.START:
             exchange = self._open[number] = _Exchange()
             exchange.arrived.put_nowait((kind, payload))
             asked.set_result(partial(self._stream, number, exchange))

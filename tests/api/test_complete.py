@@ -325,6 +325,20 @@ def test_a_client_that_leaves_gives_up_its_place(tmp_path: Path) -> None:
     assert line in listener.metrics.render().decode().splitlines()
 
 
+def test_what_is_cancelled_at_the_end_of_a_drain_gets_an_answer(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        slow = listener.app.state.slow = Slow()
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(post("slow"))
+        await asyncio.wait_for(slow.began.wait(), SECONDS)
+        for task in listener.state.tasks:
+            task.cancel()
+        assert (await _answer(reader))[0] == 500
+        writer.close()
+
+    run(tmp_path, scenario)
+
+
 def _complete() -> Complete:
     async def receive() -> Any:
         await asyncio.sleep(SECONDS)

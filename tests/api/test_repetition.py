@@ -232,6 +232,19 @@ def test_a_body_that_reads_like_a_repeated_request_is_a_body(tmp_path: Path) -> 
     run(tmp_path, scenario)
 
 
+def test_empty_lines_between_repeated_requests_do_not_add_up(tmp_path: Path) -> None:
+    async def scenario(listener: Listener) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        for _ in range(200):
+            writer.write(post("plain"))
+            assert (await test_complete._answer(reader))[0] == 200
+            writer.write(b"\r\n" * 20)
+            await asyncio.sleep(0.001)
+        writer.close()
+
+    run(tmp_path, scenario, max_head_bytes=1024)
+
+
 def test_a_connection_that_is_gone_keeps_no_head(tmp_path: Path) -> None:
     heads: list[weakref.ref[Head]] = []
 

@@ -238,6 +238,31 @@ def test_an_application_that_fails_is_no_answer(caplog: pytest.LogCaptureFixture
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_what_is_cancelled_at_the_end_of_a_drain_is_told_of() -> None:
+    async def run() -> None:
+        linked = Linked(Answers(for_ever))
+        asking = asyncio.ensure_future(linked.front.ask(linked.front.introduce(SCOPE), BODY))
+        await asyncio.sleep(0.01)
+        for task in linked.tasks:
+            task.cancel()
+        with pytest.raises(Aborted):
+            await asking
+
+    ran(run())
+
+
+def test_an_application_may_ask_for_the_body_that_is_there() -> None:
+    """As it does of a client that expects to be told."""
+
+    async def run() -> None:
+        linked = Linked(None, echo)
+        scope = SCOPE | {"headers": [(b"expect", b"anything")]}
+        stream: Any = await linked.front.ask(linked.front.introduce(scope), BODY)
+        assert (await _streamed(stream))[0]["status"] == 200
+
+    ran(run())
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
