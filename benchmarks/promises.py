@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 BOUND_SHARE = 0.9
@@ -71,21 +72,25 @@ class Round:
     p99: float
 
 
-OWN, BOUND, NOTHING = "foldserve", "in-process", "nothing"
+OWN, OWN_SEVERAL = "foldserve", "foldserve, HTTP apart"
+BOUND, NOTHING = "in-process", "nothing"
 
 
 def of_server(
     network: str, body: str, concurrency: int, rounds: Sequence[Round]
 ) -> Iterator[Promise]:
     """What one kind of load is promised; `rounds` have the same servers."""
-    peers = set(rounds[0].rates) - {OWN, BOUND, NOTHING} if rounds else set()
+    peers = set(rounds[0].rates) - {OWN, OWN_SEVERAL, BOUND, NOTHING} if rounds else set()
     load = f"{network}, {body}, concurrency {concurrency}"
     if body != "binary" or not rounds:
         return
     if network == "tiny":
-        for peer in sorted(peers):
-            ratios = tuple(one.rates[OWN] / max(one.rates[peer], 1e-9) for one in rounds)
-            yield Promise(f"{load}: requests a second over {peer}", 1.0, ratios, "more than")
+        for own, peer in product((OWN, OWN_SEVERAL), sorted(peers)):
+            if own in rounds[0].rates:
+                ratios = tuple(one.rates[own] / max(one.rates[peer], 1e-9) for one in rounds)
+                which = "" if own == OWN else f"{own}: "
+                what = f"{load}: {which}requests a second over {peer}"
+                yield Promise(what, 1.0, ratios, "more than")
         return
     if concurrency in (8, 64):
         if BOUND in rounds[0].rates:

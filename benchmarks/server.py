@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import peers
+from benchmarks import peers, promises
 from benchmarks.server_report import Cell, Measured, render
 from benchmarks.subjects import (
     Server,
@@ -40,6 +40,7 @@ from benchmarks.subjects import (
     foldserve_logits,
     start_bound,
     start_foldserve,
+    start_foldserve_apart,
     start_nothing,
     start_peer,
 )
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
     options = _parser().parse_args(arguments)
     network = NETWORKS[options.network]
+    if options.http_processes is None:
+        options.http_processes = 2 if network.name == "tiny" else 1
     if options.threads is None:  # threads that wait for each other only slow a tiny network down
         options.threads = 1 if network.name == "tiny" else available_cpus()
     cells = [Cell(body, n) for body in options.bodies for n in options.concurrency]
@@ -118,6 +121,10 @@ def _start(
     reference = Deployed(folder)
     check(foldserve, reference, given)
     subjects: list[Subject] = [foldserve]
+    if options.http_processes > 1:
+        several = start_foldserve_apart(stack, folder, network, given, own, options.http_processes)
+        check(several, reference, given)
+        subjects.append(several)
     missing: dict[str, str] = {}
     for name in options.peers:
         try:
@@ -140,7 +147,7 @@ def check(server: Server, reference: Deployed, given: list[Sample]) -> None:
     for body in server.requests:
         for index, answer in enumerate(server.answers(body)):
             truth = reference(reference.row(_content(body, given[index]))[None])[0]
-            if server.name == "foldserve":
+            if server.name in (promises.OWN, promises.OWN_SEVERAL):
                 found = foldserve_logits(body, answer)
                 if body == "json":  # the largest scores, in descending order
                     truth = np.sort(truth - np.log(np.exp(truth).sum()))[::-1][: len(found)]
@@ -190,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=400.0, help="measuring time in all")
     parser.add_argument("--backend", default="auto", help="this service's backend")
     parser.add_argument("--threads", type=int, help="CPU threads each; 1 for tiny, else all")
+    parser.add_argument(
+        "--http-processes", type=int, help="measure this service with so many too; 2 for tiny"
+    )
     parser.add_argument("--peers", type=_peers, default=list(peers.PEERS), help="names, or none")
     parser.add_argument("--installed", type=Path, default=peers.home(), help="peers' environments")
     parser.add_argument("--out", type=Path, help=f"also write the report here, such as {RESULTS}")

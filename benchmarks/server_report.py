@@ -62,7 +62,7 @@ def render(
         yield f"\n## {cell.body}, concurrency {cell.concurrency}\n"
         yield f"| {' | '.join(COLUMNS)} |"
         yield "|---" * len(COLUMNS) + "|"
-        own = _of(measured, cell, "foldserve")
+        own = _of(measured, cell, promises.OWN)
         for name in names:
             outcomes = _of(measured, cell, name)
             if outcomes:
@@ -101,7 +101,7 @@ def _of(measured: list[Measured], cell: Cell, name: str) -> list[Outcome]:
 def _row(name: str, own: list[Outcome], outcomes: list[Outcome]) -> str:
     rates = _spread([each.rate for each in outcomes])
     ratios = [mine.rate / max(each.rate, 1e-9) for mine, each in zip(own, outcomes, strict=True)]
-    ratio = "" if name in ("foldserve", "nothing") else _spread(ratios, 2)
+    ratio = "" if name in (promises.OWN, promises.NOTHING) else _spread(ratios, 2)
     failed = sum(each.failed for each in outcomes)
     if name == "in-process":
         return f"| {name} | {rates} | {ratio} | | | | | |"
@@ -116,7 +116,7 @@ def _row(name: str, own: list[Outcome], outcomes: list[Outcome]) -> str:
 
 def _against_bound(cell: Cell, measured: list[Measured]) -> Iterator[str]:
     """p99 against the ideal: N callers at the in-process rate wait N / rate."""
-    own, bound = _of(measured, cell, "foldserve"), _of(measured, cell, "in-process")
+    own, bound = _of(measured, cell, promises.OWN), _of(measured, cell, "in-process")
     if bound:
         ratios = [
             mine.p99 / (cell.concurrency / best.rate) for mine, best in zip(own, bound, strict=True)

@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 import torch
 
+from benchmarks import promises
 from benchmarks.load import Outcome, Plan
 from benchmarks.peers import Peer
 from benchmarks.workload import Body, Floats, Network, Sample, http_request, json_request
@@ -260,7 +261,25 @@ def start_foldserve(
         (folder / "deploy.pth").write_bytes(deploy.raise_for_status().content)
         (folder / "network").write_text(network.name)
         health = http.get("/health").json()
-    return Server("foldserve", _serving(health), process, port, _requests(samples))
+    return Server(promises.OWN, _serving(health), process, port, _requests(samples))
+
+
+def start_foldserve_apart(
+    stack: ExitStack,
+    folder: Path,
+    network: Network,
+    samples: list[Sample],
+    settings: Settings,
+    processes: int,
+) -> Server:
+    """Start this service once more, with several HTTP processes and a folder of its own."""
+    own = folder / "apart"
+    own.mkdir()
+    environment = {**settings.environment, "FOLDSERVE_HTTP_PROCESSES": str(processes)}
+    server = start_foldserve(stack, own, network, samples, Settings(environment, settings.config))
+    server.name = promises.OWN_SEVERAL
+    server.about += f", {processes} HTTP processes"
+    return server
 
 
 class Settings:

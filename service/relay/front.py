@@ -94,7 +94,7 @@ class Front(Link):
         self.write(wire.FORGET, head)
 
     async def ask(self, head: int, body: bytearray) -> Answer | Stream:
-        """Have a request answered that is here as a whole, with a body of at most 512 KiB.
+        """Have a request answered that is here as a whole, with its body of at most 512 KiB.
 
         Cancelling it is the client's departure. Raises Aborted if its application failed.
         """
@@ -276,7 +276,7 @@ class Front(Link):
     ) -> None:
         """The first of a whole request's answer: all of it, or its head.
 
-        What an application of messages says of the body before it, is of no use: it has all.
+        An application of messages may say something of the body before: it has all of that.
         """
         if kind == wire.ANSWER:
             status, size = wire.ANSWERED.unpack_from(payload)

@@ -26,12 +26,12 @@ GONE: Final = 5
 """Front: the client has left, or takes no more of the answer."""
 TAKEN: Final = 6
 """Front: so many bytes of the answer were sent on (`COUNT`)."""
+WHOLE: Final = 7
+"""Front: a request that is here as a whole: the number of its head (`COUNT`), and its body."""
 HEAD: Final = 8
 """Front: a head that requests may begin with; its scope. The number is the head's own."""
 FORGET: Final = 9
 """Front: no request will begin with that head any more."""
-WHOLE: Final = 7
-"""Front: a request that is here as a whole: the number of its head (`COUNT`), and its body."""
 DRAIN: Final = 10
 """Back: take no new connection, answer those that are there, end."""
 PULL: Final = 11
@@ -50,7 +50,7 @@ ABORT: Final = 17
 """Back: the application failed before the answer was complete."""
 
 ANSWER: Final = 18
-"""Back: an answer as a whole (`ANSWERED`): what stands before its body, as it is sent, and that."""
+"""Back: a whole answer (`ANSWERED`): the lines of its headers as they are sent, and its body."""
 
 COUNT: Final = struct.Struct("<Q")
 PLACE: Final = struct.Struct("<QQQ?")  # block, first byte, bytes, whether more of the body follows

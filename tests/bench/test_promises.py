@@ -29,6 +29,9 @@ def test_the_median_decides_and_rounds_that_disagree_are_told(
 
 def test_the_tiny_network_is_held_against_every_peer() -> None:
     rates = {"foldserve": 300.0, "fastapi": 100.0, "ray": 600.0, "nothing": 9e9}
+    apart = rates | {"foldserve, HTTP apart": 700.0}
+    both = [p.verdict for p in of_server("tiny", "binary", 1, [Round(apart, 0.1)])]
+    assert both == ["held", "NOT held", "held", "held"], "and it is no peer of its own"
     found = {p.what: p.verdict for p in of_server("tiny", "binary", 1, [Round(rates, 0.1)])}
     assert found == {
         "tiny, binary, concurrency 1: requests a second over fastapi": "held",
