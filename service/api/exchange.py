@@ -24,7 +24,10 @@ from service.api.known import MadeResponse
 from service.api.whole import answering_whole, write, write_lines
 
 HOLD_SECONDS = 0.02
-"""How long the application may be told later of a head whose small body is not here yet."""
+"""How long the application may be told later of a head whose small body is not here yet.
+
+A head that the connection knows may be held so long before it is parsed, and once more after that.
+"""
 _FORWARDED = b"x-forwarded-"
 
 
@@ -65,6 +68,7 @@ class Exchange(HttpToolsProtocol):
             self._served.message_event.set()
         if self._complete is not None:
             self._complete.departure.tell()
+        self._served = self._complete = None
 
     def on_message_complete(self) -> None:
         """The body is whole: a request that was held is complete."""
@@ -96,7 +100,7 @@ class Exchange(HttpToolsProtocol):
         """Many clients send a body right behind its head, in a packet of its own."""
         if self._hold_timer is not None:
             return
-        cycle.scope["state"][BEGAN] = time.perf_counter()
+        cycle.scope["state"].setdefault(BEGAN, time.perf_counter())
         length = dict(cycle.scope["headers"]).get(b"content-length", b"")
         if len(length) < 8 and length.isdigit() and int(length) <= HIGH_WATER_LIMIT:
             self._hold_timer = self.loop.call_later(HOLD_SECONDS, self._begin_held)
@@ -137,17 +141,20 @@ class Exchange(HttpToolsProtocol):
     async def _answer_whole(self, cycle: RequestResponseCycle, request: Complete) -> None:
         """Send the answer in one piece; as an application's, if it is not or nobody made one."""
         assert self._shortcut is not None
-        app: Any
+        app: Any = None
         try:
-            app = response = await self._shortcut.answer(request)
+            app = await self._shortcut.answer(request)
+            if _written(cycle, app):
+                return
         except ClientDisconnect:
             return
         except BaseException as error:  # also the end of the drain, as for any application
             app = partial(_raise, error)
-        else:
-            if _written(cycle, response):
-                return
+        finally:
+            if app is None or cycle.response_complete:
+                cycle.on_response = _nothing  # or it would keep the connection, which keeps it
         await cycle.run_asgi(app)
+        del app  # an error knows this frame
 
     # ---- out ----------------------------------------------------------------------------
 
@@ -192,6 +199,10 @@ class Exchange(HttpToolsProtocol):
             self._check_keep_alive_in(left)
         else:
             self.timeout_keep_alive_handler()
+
+
+def _nothing() -> None:
+    return None
 
 
 async def _raise(error: BaseException, *_: object) -> None:

@@ -8,6 +8,7 @@ answers it: by the layers and routes that answer whole requests on its own conne
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect
@@ -42,7 +43,13 @@ class Passing:
             answer = await self._front.ask(head.number, request.content)
         if isinstance(answer, Answer):
             return MadeResponse(*answer)
-        return InMessages(answer)
+        stream = answer
+
+        async def send_on(send: Send) -> None:
+            with suppress(ClientDisconnect), request.departure:
+                await stream(send)
+
+        return InMessages(send_on)
 
 
 class _Known(NamedTuple):

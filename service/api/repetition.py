@@ -43,7 +43,7 @@ class Before(NamedTuple):
             begin > _LONGEST_HEAD
             or b"transfer-encoding" in fields
             or fields.get(b"content-length") != b"%d" % length
-            or data.find(_END) + len(_END) != begin  # empty lines stood before or behind it
+            or data.find(_END) + len(_END) != begin  # more than head and body came
         ):
             return None
         return cls(data[:begin], length, dict(request.scope), request.head)
@@ -68,6 +68,8 @@ class Repetition(Exchange):
         self._in_message = False
         self._head_alone = b""
         """A new head that came without its body."""
+        self._began: float | None = None
+        """When the head came that the parser is about to be given."""
         self._kept: float | None = None
         """When a known head came without its body, which the parser has not seen."""
         self._kept_timer: asyncio.TimerHandle | None = None
@@ -104,6 +106,8 @@ class Repetition(Exchange):
         """A request begins."""
         self._in_message = True
         super().on_message_begin()
+        if self._began is not None:
+            self.scope["state"][BEGAN], self._began = self._began, None
 
     def on_message_complete(self) -> None:
         """A request is here, but for what is told of it."""
@@ -136,18 +140,20 @@ class Repetition(Exchange):
         if len(data) == before.length:
             self._repeat(before, bytearray(data), began)
         else:
-            self._before = None
-            self.data_received(before.bytes_ + data)
+            self._parse_kept(before, data, began)
         return True
 
     def _give_up(self) -> None:
         """Let the parser have a head that is kept, and the application wait for the body."""
-        before = self._before
-        if before is not None and self._taken_from_kept() is not None:
-            self._before = None
-            self.data_received(before.bytes_)
+        before, began = self._before, self._taken_from_kept()
+        if before is not None and began is not None:
+            self._parse_kept(before, b"", began)
             if self._held is not None:
                 self._begin_held()
+
+    def _parse_kept(self, before: Before, data: bytes, began: float | None) -> None:
+        self._before, self._began = None, began
+        self.data_received(before.bytes_ + data)
 
     def _taken_from_kept(self) -> float | None:
         kept, self._kept = self._kept, None

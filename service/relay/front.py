@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -79,6 +80,7 @@ class Front(Link):
         self._drain, self._lost = drain, lost
         self._numbers = count(1)
         self._open: dict[int, _Exchange] = {}
+        self._loop: asyncio.AbstractEventLoop
         self._asked: dict[int, asyncio.Future[Answer | Stream]] = {}
 
     # ---- whole requests -------------------------------------------------------------------
@@ -86,12 +88,17 @@ class Front(Link):
     def introduce(self, scope: Any) -> int:
         """Tell of a head that requests are going to begin with; its number, for `ask`."""
         number = next(self._numbers)
+        self._loop = asyncio.get_running_loop()
         self.write(wire.HEAD, number, wire.pack_scope(scope))
         return number
 
     def forget(self, head: int) -> None:
-        """No request will begin with that head any more."""
-        self.write(wire.FORGET, head)
+        """No request will begin with that head any more.
+
+        May be called at any moment, in the middle of a write too: the garbage collector does.
+        """
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self.write, wire.FORGET, head)
 
     async def ask(self, head: int, body: bytearray) -> Answer | Stream:
         """Have a request answered that is here as a whole, with its body of at most 512 KiB.

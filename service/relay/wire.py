@@ -104,9 +104,10 @@ class Link(asyncio.Protocol):
 
     def write_soon(self, kind: int, number: int, *payload: bytes | bytearray) -> None:
         """Send a small frame along with others of this turn of the loop; order is kept."""
+        frame = (_HEAD.pack(kind, number, sum(map(len, payload))), *payload)
         if not self._soon:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._soon += (_HEAD.pack(kind, number, sum(map(len, payload))), *payload)
+        self._soon.extend(frame)
 
     def _flush(self) -> None:
         soon, self._soon = self._soon, []
@@ -114,7 +115,7 @@ class Link(asyncio.Protocol):
             self._transport.write(b"".join(soon))
 
     def received(self, kind: int, number: int, payload: bytes) -> None:
-        """A frame has come. Raises ValueError or struct.error for one that makes no sense."""
+        """A frame has come. Raises ValueError, KeyError or struct.error where it makes no sense."""
         raise NotImplementedError
 
     def received_whole(self, number: int, payload: memoryview) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api import exchange, repetition
-from service.api.complete import Complete, Head
+from service.api.complete import Complete
 from service.api.guard import Guard
 from service.api.layers import Application
 from service.api.ratelimit import RateLimit
@@ -245,28 +245,48 @@ def test_empty_lines_between_repeated_requests_do_not_add_up(tmp_path: Path) -> 
     run(tmp_path, scenario, max_head_bytes=1024)
 
 
-def test_a_connection_that_is_gone_keeps_no_head(tmp_path: Path) -> None:
-    heads: list[weakref.ref[Head]] = []
+@pytest.mark.parametrize("name", ["plain", "bad", "broken", "slow"])
+def test_a_connection_that_is_gone_leaves_nothing(tmp_path: Path, name: str) -> None:
+    """Neither itself nor a head that it remembered waits for the garbage collector."""
 
     async def scenario(listener: Listener) -> None:
-        async def note() -> None:
+        async def at_once() -> None:
             return None
 
-        listener.app.state.slow = note
-        await in_turn(listener, [[post("slow")]] * 3)
-        (connection,) = listener.state.connections or [None]
-        if connection is not None and connection._before is not None:
-            heads.append(weakref.ref(connection._before.head))
-        gc.disable()
-        try:
-            await asyncio.sleep(0.1)
-            assert not listener.state.connections
-            assert heads, "one was remembered"
-            assert heads[0]() is None
-        finally:
-            gc.enable()
+        listener.app.state.slow = at_once
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        for _ in range(3):
+            writer.write(post(name))
+            await test_complete._answer(reader)
+        if name == "slow":  # and now its client leaves
+            slow = listener.app.state.slow = Slow()
+            writer.write(post(name))
+            await asyncio.wait_for(slow.began.wait(), 5)
+        (connection,) = listener.state.connections
+        gone = [weakref.ref(connection), weakref.ref(connection._before.head)]
+        del connection
+        writer.close()
+        await asyncio.sleep(0.05)
+        assert [ref() for ref in gone] == [None, None]
 
-    run(tmp_path, scenario)
+    gc.collect()
+    gc.disable()
+    try:
+        run(tmp_path, scenario)
+    finally:
+        gc.enable()
+
+
+def test_a_kept_head_is_counted_from_when_it_came(tmp_path: Path) -> None:
+    """Its request's time, too, if the body is not all there at once."""
+    head, body = _head_and_body(post("plain", b"abcd"))
+
+    async def scenario(listener: Listener) -> None:
+        await in_turn(listener, [[post("plain", b"abcd")], [head, body[:2], body[2:]]])
+
+    counted = run(tmp_path, scenario).metrics.render().decode().splitlines()
+    (line,) = (each for each in counted if each.startswith("foldserve_http_request_seconds_sum"))
+    assert float(line.split()[-1]) >= 0.0095, "two pauses of 5 ms"
 
 
 @pytest.mark.parametrize(
