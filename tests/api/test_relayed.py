@@ -12,7 +12,7 @@ from service.api.relayed import Passing
 from service.relay import wire
 from service.relay.front import Answer
 from tests.relay.test_back import SCOPE
-from tests.relay.test_whole import BODY, MADE, Answers, Linked, echo, made, ran
+from tests.relay.test_whole import BODY, MADE, Answers, Endless, Linked, echo, made, ran
 
 
 def test_a_head_goes_over_once_and_is_forgotten_with_its_last_request() -> None:
@@ -45,28 +45,20 @@ def test_a_head_goes_over_once_and_is_forgotten_with_its_last_request() -> None:
 
 
 def test_a_client_that_leaves_a_stream_ends_it() -> None:
-    gone = asyncio.Event()
-
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone.set()
-
     async def nothing(_: Any) -> None:
         return None
 
     async def run() -> None:
+        endless = Endless()
         linked = Linked(None, endless)
         request = Complete(SCOPE, nothing, BODY)  # type: ignore[arg-type]
         response = await Passing(linked.front).complete.answer(request)
         sending = asyncio.ensure_future(response(SCOPE, nothing, nothing))  # type: ignore[arg-type]
         await asyncio.sleep(0.01)
-        assert not gone.is_set(), "the control: it is sent while the client is there"
+        assert not endless.gone.is_set(), "the control: it is sent while the client is there"
         request.departure.tell()
         await sending
-        await gone.wait()
+        await endless.gone.wait()
 
     ran(run())
 

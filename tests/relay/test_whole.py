@@ -185,17 +185,23 @@ def test_who_leaves_is_told_of(pause: float) -> None:
     ran(run())
 
 
-def test_who_leaves_as_an_answer_begins_ends_it() -> None:
-    gone = asyncio.Event()
+class Endless:
+    """An application whose answer ends when its client is gone."""
 
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while (await receive())["type"] != "http.disconnect":
             pass
-        gone.set()
+        self.gone.set()
 
+
+def test_who_leaves_as_an_answer_begins_ends_it() -> None:
     async def run() -> None:
+        endless = Endless()
         linked = Linked(None, endless)
         asking = asyncio.ensure_future(linked.front.ask(linked.front.introduce(SCOPE), BODY))
         while not linked.front._open:
@@ -203,7 +209,7 @@ def test_who_leaves_as_an_answer_begins_ends_it() -> None:
         asking.cancel()  # the answer is there, and nobody has looked at it
         with pytest.raises(asyncio.CancelledError):
             await asking
-        await gone.wait()
+        await endless.gone.wait()
         assert not linked.front._open
 
     ran(run())
