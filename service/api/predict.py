@@ -56,9 +56,7 @@ async def predict(request: Request) -> Response:
     service = of(request)
     name: str = request.path_params["name"]
     asked = _asked(request.query_params if request.scope["query_string"] else {}, service)
-    found = service.host.hosted(name, asked.version) or await find_hosted(
-        service, name, asked.version
-    )
+    found = await find_hosted(service, name, asked.version)
     if (full := found.full(asked.form)) is not None:
         return problems.error_response(full, request.scope["path"])
     rows = await _rows(request, service, found, asked.form)

@@ -68,11 +68,10 @@ class Repetition(Exchange):
         self._in_message = False
         self._head_alone = b""
         """A new head that came without its body."""
-        self._began: float | None = None
-        """When the head came that the parser is about to be given."""
-        self._kept: float | None = None
-        """When a known head came without its body, which the parser has not seen."""
         self._kept_timer: asyncio.TimerHandle | None = None
+        """Runs while a known head is kept, which came without its body."""
+        self._began: float | None = None
+        """When that head came, until its request knows it."""
 
     def data_received(self, data: bytes) -> None:
         """Parse, and remember what came as one request."""
@@ -86,17 +85,21 @@ class Repetition(Exchange):
 
     def repeats(self, data: bytes) -> bool:
         """Whether `data` is dealt with: a request with the head of the one before, or that head."""
-        if self._kept is not None:
-            return self._goes_on(data)
         before = self._before
         if before is None or not self._between:
             return False
+        if self._stopped_keeping():
+            if len(data) == before.length:
+                self._repeat(before, bytearray(data))
+            else:
+                self._parse_kept(before, data)
+            return True
         body = before.body_of(data)
         if body is not None:
-            self._repeat(before, body, None)
+            self._repeat(before, body)
         elif data == before.bytes_ and before.length <= HIGH_WATER_LIMIT:
             self._idle_since = None
-            self._kept = time.perf_counter()
+            self._began = time.perf_counter()
             self._kept_timer = self.loop.call_later(HOLD_SECONDS, self._give_up)
         else:
             return False
@@ -106,8 +109,7 @@ class Repetition(Exchange):
         """A request begins."""
         self._in_message = True
         super().on_message_begin()
-        if self._began is not None:
-            self.scope["state"][BEGAN], self._began = self._began, None
+        self._note_began(self.scope["state"])
 
     def on_message_complete(self) -> None:
         """A request is here, but for what is told of it."""
@@ -117,7 +119,7 @@ class Repetition(Exchange):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the request before and the head that is kept."""
         self._before = None
-        self._taken_from_kept()
+        self._stopped_keeping()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -132,42 +134,33 @@ class Repetition(Exchange):
             return False
         return self.cycle is None or (self.cycle.response_complete and self.cycle.keep_alive)
 
-    def _goes_on(self, data: bytes) -> bool:
-        """What comes behind a head that is kept is its body; if not, that is for the parser."""
-        before = self._before
-        assert before is not None
-        began = self._taken_from_kept()
-        if len(data) == before.length:
-            self._repeat(before, bytearray(data), began)
-        else:
-            self._parse_kept(before, data, began)
-        return True
-
     def _give_up(self) -> None:
         """Let the parser have a head that is kept, and the application wait for the body."""
-        before, began = self._before, self._taken_from_kept()
-        if before is not None and began is not None:
-            self._parse_kept(before, b"", began)
+        if self._stopped_keeping() and self._before is not None:
+            self._parse_kept(self._before, b"")
             if self._held is not None:
                 self._begin_held()
 
-    def _parse_kept(self, before: Before, data: bytes, began: float | None) -> None:
-        self._before, self._began = None, began
+    def _parse_kept(self, before: Before, data: bytes) -> None:
+        self._before = None
         self.data_received(before.bytes_ + data)
 
-    def _taken_from_kept(self) -> float | None:
-        kept, self._kept = self._kept, None
-        if self._kept_timer is not None:
-            self._kept_timer.cancel()
-            self._kept_timer = None
-        return kept
+    def _stopped_keeping(self) -> bool:
+        """Keep a known head no longer; whether one was kept."""
+        timer, self._kept_timer = self._kept_timer, None
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
 
-    def _repeat(self, before: Before, body: bytearray, began: float | None) -> None:
+    def _note_began(self, state: dict[str, Any]) -> None:
+        if self._began is not None:
+            state[BEGAN], self._began = self._began, None
+
+    def _repeat(self, before: Before, body: bytearray) -> None:
         """What the parser and uvicorn would have begun."""
         self._idle_since = None
         state = self.app_state.copy()
-        if began is not None:
-            state[BEGAN] = began
+        self._note_began(state)
         scope: Any = {**before.scope, "state": state}
         cycle = self.cycle = RequestResponseCycle(
             scope=scope,

@@ -90,8 +90,6 @@ def write(
     False where it was left alone. Afterwards the connection is as uvicorn leaves it at the end of
     an answer after which it stays open.
     """
-    if not _takes_whole(cycle):
-        return False
     made = lines(headers, body)
     return made is not None and write_lines(cycle, status, made, body)
 
@@ -100,7 +98,13 @@ def write_lines(
     cycle: RequestResponseCycle, status: int, made: bytes, body: bytes | memoryview
 ) -> bool:
     """`write`, with the headers' `lines`."""
-    if not _takes_whole(cycle):
+    if (
+        not cycle.keep_alive
+        or cycle.response_started
+        or cycle.disconnected
+        or cycle.flow.write_paused
+        or cycle.scope["method"] == "HEAD"
+    ):
         return False
     always = lines(cycle.default_headers, b"")
     if always is None:
@@ -111,16 +115,6 @@ def write_lines(
     cycle.message_event.set()
     cycle.on_response()
     return True
-
-
-def _takes_whole(cycle: RequestResponseCycle) -> bool:
-    return not (
-        not cycle.keep_alive
-        or cycle.response_started
-        or cycle.disconnected
-        or cycle.flow.write_paused
-        or cycle.scope["method"] == "HEAD"
-    )
 
 
 def lines(headers: Iterable[tuple[bytes, bytes]], body: bytes | memoryview) -> bytes | None:
